@@ -1,0 +1,1 @@
+"""Snapshot a warmed process with its GPU state and bring it back."""

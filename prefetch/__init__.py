@@ -1,0 +1,1 @@
+"""Have weights in memory before the loader asks for them."""

@@ -1,0 +1,398 @@
+"""The kernel's side of the mount: owns /dev/fuse and stands between it and stock pyfuse3.
+
+pyfuse3 is given one end of a SOCK_SEQPACKET pair for its mountpoint (libfuse takes `/dev/fd/N`) and believes it to be
+the kernel. Requests and replies pass through here as they are, with these exceptions:
+
+    INIT reply      negotiates what libfuse 3.14 does not know: passthrough, a larger queue
+    OPEN            makes its `unique` the handle; the reply gets a backing id where the kernel may read by itself
+    READ            answered here, by threads that hold no GIL while they wait or copy
+    RELEASE, FLUSH  answered here: they concern handles only
+    OPENDIR reply   lets the kernel cache listings
+    INTERRUPT       dropped: nothing here can be interrupted, and libfuse would never find a READ's request
+
+Every request has a deadline: one that is not answered by then is answered EIO, and its late reply is dropped.
+
+Replies wait in the pair's buffer, and libfuse drops a reply that finds it full. So what may be under way is bounded:
+each request reserves what its reply can take, and the kernel is not read while the reserve is used up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import queue
+import socket
+import struct
+import threading
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from weightfs import wire
+from weightfs.handles import HandleTable, OpenInode, Readable
+from weightfs.wire import Opcode
+
+log = logging.getLogger(__name__)
+
+_REQUEST_BYTES: Final = 64 << 10
+"""Size of the buffer the kernel is read with: bounds a batch of FORGETs, and must exceed `max_write` (4096) by far."""
+_READ_BYTES: Final = 1 << 20
+_REPLY_BYTES: Final = 32 << 10
+"""Largest listing taken at once; larger requests are cut, as a file system may."""
+_SMALL_REPLY_BYTES: Final = 8 << 10
+"""What any other reply takes in the socket at most: a symlink's target (4 KiB) and the kernel's own overhead."""
+_PAIR_BYTES: Final = 4 << 20
+_SO_SNDBUFFORCE: Final = 32
+_SO_RCVBUFFORCE: Final = 33
+_NO_REPLY: Final = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET})
+_TICK_S: Final = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelConfig:
+    """Settings of a channel.
+
+    Attributes:
+        passthrough: ask the kernel for it; whether it agreed is in `Channel.passthrough`.
+        stack_depth: 1, or 2 where the source itself lies on a stacked filesystem (then none can be stacked on us).
+        deadline_s: see the module.
+        threads: how many READs are answered at once.
+        max_background: how many readahead requests the kernel may have under way.
+    """
+
+    passthrough: bool
+    stack_depth: int = 1
+    deadline_s: float = 30.0
+    threads: int = 4
+    max_background: int = 64
+
+
+@dataclass(slots=True)
+class _Pending:
+    opcode: int
+    nodeid: int
+    reserved_bytes: int
+    expires: float
+
+
+class Channel:
+    """One mount's connection to the kernel.
+
+    Args:
+        kernel_fd: /dev/fuse, mounted, non-blocking; stays the caller's.
+        handles: OPEN adds to it, RELEASE discards from it.
+        reopen: attaches what serves an inode whose handle is known to the kernel but not to this process.
+        errno_of: the errno for an exception; the table belongs to the FUSE adapter.
+
+    Attributes:
+        passthrough: whether the kernel agreed; None before INIT.
+        requests: number by opcode, passthrough reads never among them.
+        bytes_read: bytes given in READ replies.
+        fallbacks: files the kernel would not read by itself, by errno.
+        expired: requests answered EIO at their deadline.
+    """
+
+    def __init__(
+        self,
+        kernel_fd: int,
+        handles: HandleTable,
+        reopen: Callable[[int], Awaitable[object]],
+        errno_of: Callable[[BaseException], int],
+        config: ChannelConfig,
+    ) -> None:
+        self._kernel = kernel_fd
+        self._handles = handles
+        handles.closing = self._close_backing
+        self._reopen = reopen
+        self._errno_of = errno_of
+        self._config = config
+        self._theirs, self._ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self._theirs, self._ours):
+            end.setblocking(False)
+            for forced, plain in ((_SO_SNDBUFFORCE, socket.SO_SNDBUF), (_SO_RCVBUFFORCE, socket.SO_RCVBUF)):
+                try:
+                    end.setsockopt(socket.SOL_SOCKET, forced, _PAIR_BYTES)
+                except PermissionError:
+                    end.setsockopt(socket.SOL_SOCKET, plain, _PAIR_BYTES)
+        # Half of it: the kernel charges each message for its own structures as well.
+        self._reserve_bytes = self._theirs.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2
+        self._pending: dict[int, _Pending] = {}
+        self._room = trio.Event()
+        self._jobs: queue.SimpleQueue[tuple[int, Readable, int, int, int] | None] = queue.SimpleQueue()
+        self.passthrough: bool | None = None
+        self.ready = trio.Event()
+        self.requests: Counter[int] = Counter()
+        self.fallbacks: Counter[int] = Counter()
+        self.bytes_read = 0
+        self.expired = 0
+
+    @property
+    def mountpoint(self) -> str:
+        """What pyfuse3 is to be given as mountpoint."""
+        return f"/dev/fd/{self._theirs.fileno()}"
+
+    async def run(self) -> None:
+        """Carry messages until the filesystem is unmounted."""
+        threads = [
+            threading.Thread(target=self._answer_reads, name=f"read-{number}", daemon=True)
+            for number in range(self._config.threads)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._carry_replies)
+                nursery.start_soon(self._watch_deadlines)
+                await self._carry_requests(nursery)
+                nursery.cancel_scope.cancel()
+        finally:
+            for _ in threads:
+                self._jobs.put(None)
+
+    def close(self) -> None:
+        """Close both ends of the pair; pyfuse3 must be through with its own."""
+        self._ours.close()
+        # libfuse closed its descriptor, whose number may be another file's by now.
+        self._theirs.detach()
+
+    # From the kernel
+
+    async def _carry_requests(self, nursery: trio.Nursery) -> None:
+        buffer = bytearray(_REQUEST_BYTES)
+        view = memoryview(buffer)
+        while True:
+            try:
+                size = os.readv(self._kernel, [buffer])
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._kernel)
+                continue
+            except OSError as e:
+                if e.errno == errno.ENODEV:  # unmounted
+                    return
+                if e.errno in (errno.EINTR, errno.ENOENT):  # ENOENT: taken back before we had it
+                    continue
+                raise
+            _, opcode, unique, nodeid = wire.IN_HEADER.unpack_from(buffer)
+            self.requests[opcode] += 1
+            if opcode == Opcode.READ:
+                self._take_read(nursery, buffer, unique, nodeid)
+            elif opcode == Opcode.RELEASE:
+                (handle,) = struct.unpack_from("<Q", buffer, wire.IN_HEADER_BYTES)
+                self._handles.discard(nodeid, handle)
+                self._reply_error(unique, 0)
+            elif opcode == Opcode.FLUSH:
+                self._reply_error(unique, errno.ENOSYS)  # which tells the kernel not to send any more
+            elif opcode != Opcode.INTERRUPT:
+                await self._forward(opcode, unique, nodeid, buffer, view[:size])
+
+    async def _forward(self, opcode: int, unique: int, nodeid: int, buffer: bytearray, message: memoryview) -> None:
+        if opcode not in _NO_REPLY:
+            reserved = _reply_bytes(opcode, buffer)
+            await self._reserve(reserved)
+            expires = trio.current_time() + self._config.deadline_s
+            self._pending[unique] = _Pending(opcode, nodeid, reserved, expires)
+        if opcode == Opcode.OPEN:
+            self._handles.add(nodeid, unique)
+        elif opcode == Opcode.INIT:
+            flags, flags2 = struct.unpack_from("<I", buffer, wire.INIT_IN_FLAGS_AT)[0], 0
+            if flags & wire.FUSE_INIT_EXT:
+                (flags2,) = struct.unpack_from("<I", buffer, wire.INIT_IN_FLAGS2_AT)
+            self.passthrough = self._config.passthrough and bool(flags2 & wire.FUSE2_PASSTHROUGH)
+        while True:
+            try:
+                self._ours.send(message)
+                return
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._ours)
+
+    async def _reserve(self, wanted_bytes: int) -> None:
+        while self._pending and self._reserve_bytes < wanted_bytes:
+            self._room = trio.Event()
+            await self._room.wait()
+        self._reserve_bytes -= wanted_bytes
+
+    def _settle(self, unique: int) -> _Pending | None:
+        """End a request, once: None for whoever comes second."""
+        return self._pending.pop(unique, None)
+
+    def _give_back(self, pending: _Pending) -> None:
+        self._reserve_bytes += pending.reserved_bytes
+        self._room.set()
+
+    # READ
+
+    def _take_read(self, nursery: trio.Nursery, buffer: bytearray, unique: int, nodeid: int) -> None:
+        handle, offset, size = wire.READ_IN.unpack_from(buffer, wire.IN_HEADER_BYTES)
+        expires = trio.current_time() + self._config.deadline_s
+        self._pending[unique] = _Pending(Opcode.READ, nodeid, 0, expires)
+        entry = self._handles.get(nodeid)
+        if entry is not None and entry.readable is not None:
+            self._jobs.put((unique, entry.readable, handle, offset, size))
+        else:
+            nursery.start_soon(self._reopen_and_read, unique, nodeid, handle, offset, size)
+
+    async def _reopen_and_read(self, unique: int, nodeid: int, handle: int, offset: int, size: int) -> None:
+        self._handles.add(nodeid, handle)
+        try:
+            await self._reopen(nodeid)
+        except Exception as e:  # noqa: BLE001 - whatever it is, the reader must hear of it, and the mount go on
+            if self._settle(unique):
+                self._reply_error(unique, self._errno_of(e))
+            return
+        entry = self._handles.get(nodeid)
+        if entry is not None and entry.readable is not None:
+            self._jobs.put((unique, entry.readable, handle, offset, size))
+        elif self._settle(unique):
+            self._reply_error(unique, errno.EIO)
+
+    def _answer_reads(self) -> None:
+        """A thread's life: preadv and writev drop the GIL, so these copy in parallel."""
+        buffer = memoryview(bytearray(_READ_BYTES))
+        while (job := self._jobs.get()) is not None:
+            unique, readable, handle, offset, size = job
+            try:
+                filled = readable.read_into(handle, buffer[: min(size, _READ_BYTES)], offset)
+            except Exception as e:  # noqa: BLE001 - this thread must live on, and the reader hear of it
+                if self._settle(unique):
+                    self._reply_error(unique, self._errno_of(e))
+                continue
+            if self._settle(unique):
+                self._write([wire.OUT_HEADER.pack(wire.OUT_HEADER_BYTES + filled, 0, unique), buffer[:filled]])
+                self.bytes_read += filled
+
+    # To the kernel
+
+    async def _carry_replies(self) -> None:
+        buffer = bytearray(_REPLY_BYTES + _REQUEST_BYTES)
+        view = memoryview(buffer)
+        while True:
+            try:
+                size = self._ours.recv_into(buffer)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._ours)
+                continue
+            if size == 0:
+                return
+            _, error, unique = wire.OUT_HEADER.unpack_from(buffer)
+            pending = self._settle(unique)
+            if pending is None:
+                continue  # its deadline has passed
+            self._give_back(pending)
+            if pending.opcode == Opcode.OPEN:
+                if error:
+                    self._handles.discard(pending.nodeid, unique)
+                else:
+                    self._patch_open(buffer, unique, pending.nodeid)
+            elif pending.opcode == Opcode.OPENDIR and not error:
+                self._patch_opendir(buffer, pending.nodeid)
+            elif pending.opcode == Opcode.INIT and not error:
+                self._patch_init(buffer)
+            delivered = self._write([view[:size]])
+            if pending.opcode == Opcode.OPEN and not error and not delivered:
+                self._handles.discard(pending.nodeid, unique)  # nobody is left to release it
+            if pending.opcode == Opcode.INIT and not error:
+                self.ready.set()
+
+    def _patch_init(self, buffer: bytearray) -> None:
+        at = wire.OUT_HEADER_BYTES
+        flags, background, flags2 = (
+            struct.unpack_from(form, buffer, at + offset)[0]
+            for form, offset in (
+                ("<I", wire.INIT_FLAGS_AT),
+                ("<H", wire.INIT_MAX_BACKGROUND_AT),
+                ("<I", wire.INIT_FLAGS2_AT),
+            )
+        )
+        flags |= wire.FUSE_INIT_EXT | wire.FUSE_CACHE_SYMLINKS | wire.FUSE_MAX_PAGES
+        background = max(background, self._config.max_background)
+        struct.pack_into("<I", buffer, at + wire.INIT_FLAGS_AT, flags)
+        struct.pack_into("<HH", buffer, at + wire.INIT_MAX_BACKGROUND_AT, background, background * 3 // 4)
+        struct.pack_into("<I", buffer, at + wire.INIT_MAX_WRITE_AT, 4096)
+        struct.pack_into("<H", buffer, at + wire.INIT_MAX_PAGES_AT, _READ_BYTES // 4096)
+        if self.passthrough:
+            flags2 |= wire.FUSE2_PASSTHROUGH
+            struct.pack_into("<I", buffer, at + wire.INIT_STACK_DEPTH_AT, self._config.stack_depth)
+        struct.pack_into("<I", buffer, at + wire.INIT_FLAGS2_AT, flags2)
+
+    def _patch_open(self, buffer: bytearray, unique: int, nodeid: int) -> None:
+        _, flags, _ = wire.OPEN_OUT.unpack_from(buffer, wire.OUT_HEADER_BYTES)
+        flags |= wire.FOPEN_NOFLUSH
+        backing_id = 0
+        entry = self._handles.get(nodeid)
+        if self.passthrough and entry is not None and entry.backing_fd is not None:
+            if not entry.settled:
+                entry.backing_id = self._open_backing(entry.backing_fd)
+            if entry.backing_id is not None:
+                backing_id = entry.backing_id
+                flags = flags & ~wire.FOPEN_KEEP_CACHE | wire.FOPEN_PASSTHROUGH
+        if entry is not None:
+            entry.settled = True
+        wire.OPEN_OUT.pack_into(buffer, wire.OUT_HEADER_BYTES, unique, flags, backing_id)
+
+    def _patch_opendir(self, buffer: bytearray, nodeid: int) -> None:
+        """The adapter says in `fh` whether the cached listing is still true; the handle is the number itself."""
+        unchanged, flags, _ = wire.OPEN_OUT.unpack_from(buffer, wire.OUT_HEADER_BYTES)
+        flags |= wire.FOPEN_CACHE_DIR | (wire.FOPEN_KEEP_CACHE if unchanged else 0)
+        wire.OPEN_OUT.pack_into(buffer, wire.OUT_HEADER_BYTES, nodeid, flags, 0)
+
+    def _open_backing(self, fd: int) -> int | None:
+        try:
+            # Mutable, so that Python gives the call's result, which is the id.
+            return fcntl.ioctl(self._kernel, wire.BACKING_OPEN, bytearray(wire.BACKING_MAP.pack(fd, 0, 0)))
+        except OSError as e:
+            # ELOOP: the file lies on a stacked filesystem. It is served by the READ path instead.
+            if not self.fallbacks[e.errno or 0]:
+                log.warning("the kernel will not read some files by itself: %s", e.strerror)
+            self.fallbacks[e.errno or 0] += 1
+            return None
+
+    def _close_backing(self, entry: OpenInode) -> None:
+        if entry.backing_id is not None:
+            with contextlib.suppress(OSError):  # unmounted: the kernel has closed it itself
+                fcntl.ioctl(self._kernel, wire.BACKING_CLOSE, struct.pack("<I", entry.backing_id))
+
+    def _reply_error(self, unique: int, number: int) -> None:
+        self._write([wire.OUT_HEADER.pack(wire.OUT_HEADER_BYTES, -number, unique)])
+
+    def _write(self, parts: list[bytes | memoryview]) -> bool:
+        """Give one message to the kernel, from any thread; False when it no longer waits for it."""
+        try:
+            os.writev(self._kernel, parts)
+        except OSError as e:
+            if e.errno not in (errno.ENOENT, errno.ENODEV):
+                log.warning("the kernel refused a reply: %s", e)
+            return False
+        return True
+
+    # Deadlines
+
+    async def _watch_deadlines(self) -> None:
+        while True:
+            await trio.sleep(_TICK_S)
+            now = trio.current_time()
+            for unique, pending in list(self._pending.items()):
+                if pending.expires < now and self._settle(unique):
+                    self._give_back(pending)
+                    self.expired += 1
+                    if pending.opcode == Opcode.OPEN:
+                        self._handles.discard(pending.nodeid, unique)
+                    self._reply_error(unique, errno.EIO)
+                    log.warning("request %d of inode %#x had no answer in time", pending.opcode, pending.nodeid)
+
+
+def _reply_bytes(opcode: int, buffer: bytearray) -> int:
+    """What the reply may take in the socket; a listing larger than our limit is cut in the request itself."""
+    if opcode in (Opcode.READDIR, Opcode.READDIRPLUS):
+        (size,) = struct.unpack_from("<I", buffer, wire.READ_SIZE_AT)
+        struct.pack_into("<I", buffer, wire.READ_SIZE_AT, min(size, _REPLY_BYTES))
+        return min(size, _REPLY_BYTES) + _SMALL_REPLY_BYTES
+    if opcode in (Opcode.GETXATTR, Opcode.LISTXATTR):
+        (size,) = struct.unpack_from("<I", buffer, wire.XATTR_SIZE_AT)
+        return min(int(size), _REQUEST_BYTES) + _SMALL_REPLY_BYTES
+    return _SMALL_REPLY_BYTES

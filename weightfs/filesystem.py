@@ -1,0 +1,573 @@
+"""What every filesystem call means: names, attributes, listings, opens. Knows nothing of FUSE.
+
+Runs on one trio thread. A section without await is atomic towards every other call; blocking work goes to threads
+through `_wait`, except what the source can answer from the kernel's caches without waiting (`cached_only`).
+
+The namespace is the source's, and three names that answer look-ups but are never listed:
+
+    <folder>/.tensors/<set>/<tensor>    <folder>/.npy/<set>/<tensor>.npy    /.weightfs/{status.json,metrics}
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import stat
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, ParamSpec, TypeVar
+
+import trio
+
+from weightfs.errors import (
+    DeadlineError,
+    IsADirectoryEntryError,
+    NoAttributeError,
+    NotADirectoryEntryError,
+    NotASymlinkError,
+    NotFoundError,
+    ReadOnlyError,
+    StaleError,
+    UnsupportedError,
+)
+from weightfs.formats import npy_header
+from weightfs.handles import HandleTable, Readable
+from weightfs.index.schema import ROOT_INODE, Kind
+from weightfs.index.store import IndexStore
+from weightfs.library import Library, ParsedFile, ViewSet
+from weightfs.readables import Extent, LiveText, WholeFile
+from weightfs.source.base import Source, SourceStat, WouldBlockError
+from weightfs.tree import Node, Tree
+
+log = logging.getLogger(__name__)
+
+TENSORS: Final = b".tensors"
+NPY: Final = b".npy"
+STATE: Final = b".weightfs"
+_XATTR: Final = b"user.weightfs."
+_READABLE_BITS: Final = 0o444
+_MAX_LISTINGS: Final = 64
+_DIRECTORY_BYTES: Final = 4096
+_FIRST_COOKIE: Final = 16
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """One inode as stat(2) shows it; times in nanoseconds since 1970, `blocks` in units of 512 bytes."""
+
+    inode: int
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    rdev: int
+    size: int
+    blocks: int
+    block_bytes: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """How the kernel is to treat a file just opened.
+
+    Attributes:
+        keep_cache: what the kernel has cached of it is still true.
+        direct: its size means nothing; every read must come to us.
+    """
+
+    keep_cache: bool
+    direct: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryEntry:
+    """One row of a listing; `cookie` depends on the name alone, so a listing can go on after a restart."""
+
+    name: bytes
+    attributes: Attributes
+    cookie: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilesystemConfig:
+    """Settings of one filesystem.
+
+    Attributes:
+        deadline_s: a call that the source has not answered by then fails.
+        threads: how many calls may wait for the source at once.
+    """
+
+    deadline_s: float = 30.0
+    threads: int = 16
+
+
+class Filesystem:
+    """A read-only tree with views.
+
+    Args:
+        source: where the bytes come from.
+        index: remembers numbers and layouts.
+        handles: shared with the channel, which adds and discards handles.
+        texts: content of the files in `.weightfs/`, by name; called in any thread.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        index: IndexStore,
+        handles: HandleTable,
+        texts: Mapping[bytes, Callable[[], bytes]],
+        config: FilesystemConfig,
+    ) -> None:
+        self._source = source
+        self._handles = handles
+        self._texts = texts
+        self._config = config
+        self._limiter = trio.CapacityLimiter(config.threads)
+        self.library = Library(source, index)
+        self._tree = Tree(index, source.lstat(b"").inode_key)
+        self._listings: OrderedDict[int, tuple[bytes, list[DirectoryEntry]]] = OrderedDict()
+        self._cached_identity: OrderedDict[int, bytes] = OrderedDict()
+        self.opens = 0
+        self.changed_in_place: dict[bytes, int] = {}
+
+    # Names
+
+    async def lookup(self, parent: int, name: bytes) -> Attributes:
+        """The entry `name` of a folder.
+
+        Raises:
+            NotFoundError, StaleError, NotADirectoryEntryError, DeadlineError, OSError.
+        """
+        folder = self._node(parent)
+        if folder.kind is Kind.SOURCE:
+            return await self._lookup_source(folder, name)
+        if folder.kind is Kind.VIEW_ROOT:
+            if await self._view_set(folder, name) is None:
+                raise NotFoundError(os.fsdecode(name))
+            node = self._tree.see_virtual(Kind.VIEW_SET, parent, name)
+            self._tree.count_lookup(node)
+            return await self._folder_attributes(node)
+        if folder.kind is Kind.VIEW_SET:
+            return await self._lookup_tensor(folder, name)
+        if name not in self._texts or folder.name != STATE:
+            raise NotFoundError(os.fsdecode(name))
+        node = self._tree.see_virtual(Kind.STATE, parent, name)
+        self._tree.count_lookup(node)
+        return await self._folder_attributes(node)
+
+    async def _lookup_source(self, folder: Node, name: bytes) -> Attributes:
+        path = os.path.join(self._tree.path(folder), name)
+        try:
+            entry = await self._lstat(path)
+        except FileNotFoundError:
+            node = self._virtual(folder, name)
+            if node is None:
+                raise NotFoundError(os.fsdecode(path)) from None
+            self._tree.count_lookup(node)
+            return await self._folder_attributes(node)
+        node = self._tree.see(Kind.SOURCE, folder.inode, name, entry.inode_key)
+        self._tree.count_lookup(node)
+        return await self._source_attributes(node.inode, path, entry)
+
+    def _virtual(self, folder: Node, name: bytes) -> Node | None:
+        if name in (TENSORS, NPY):
+            return self._tree.see_virtual(Kind.VIEW_ROOT, folder.inode, name)
+        if name == STATE and folder.inode == ROOT_INODE:
+            return self._tree.see_virtual(Kind.STATE, folder.inode, name)
+        return None
+
+    async def _lookup_tensor(self, folder: Node, name: bytes) -> Attributes:
+        root = self._node(folder.parent)
+        views = await self._view_set(root, folder.name)
+        place = _entries(views, root.name).get(name) if views else None
+        if place is None:
+            raise NotFoundError(os.fsdecode(name))
+        return await self._view_attributes(_view_number(place, root.name))
+
+    def forget(self, inode: int, lookups: int) -> None:
+        """The kernel gives back that many look-ups of a number."""
+        self._tree.forget(inode, lookups)
+
+    # Attributes
+
+    async def getattr(self, inode: int) -> Attributes:
+        """What an inode is now.
+
+        Raises:
+            StaleError: its content or name is gone.
+        """
+        node = self._source_node(inode)
+        if node is None:
+            return await self._view_attributes(inode)
+        if node.kind is not Kind.SOURCE:
+            return await self._folder_attributes(node)
+        path = self._tree.path(node)
+        try:
+            entry = await self._lstat(path)
+        except FileNotFoundError:
+            entry = None
+        if entry is None or (entry.inode_key != node.key and inode != ROOT_INODE):
+            # Its name is gone or means another file now; whoever has it open still may ask.
+            entry = self._open_stat(inode)
+        if entry is None:
+            raise StaleError("its name is gone", path=os.fsdecode(path))
+        return await self._source_attributes(inode, path, entry)
+
+    def _open_stat(self, inode: int) -> SourceStat | None:
+        opened = self._handles.get(inode)
+        return self._source.fstat(opened.backing_fd) if opened and opened.backing_fd is not None else None
+
+    async def _source_attributes(self, inode: int, path: bytes, entry: SourceStat) -> Attributes:
+        size = entry.size
+        if entry.is_symlink:
+            try:
+                size = len(await self._wait(self._source.readlink, path))
+            except OSError:
+                pass  # its own size is the best there is
+            except UnsupportedError:
+                pass
+        return Attributes(
+            inode=inode,
+            mode=entry.mode,
+            nlink=entry.nlink,
+            uid=entry.uid,
+            gid=entry.gid,
+            rdev=entry.rdev,
+            size=size,
+            blocks=entry.blocks,
+            block_bytes=entry.block_bytes,
+            atime_ns=entry.atime_ns,
+            mtime_ns=entry.mtime_ns,
+            ctime_ns=entry.ctime_ns,
+        )
+
+    async def _folder_attributes(self, node: Node) -> Attributes:
+        """Of a virtual entry: owner, permissions and times are those of the source folder it belongs to."""
+        is_text = node.kind is Kind.STATE and node.name != STATE
+        owner = self._node(node.parent)
+        while owner.kind is not Kind.SOURCE:
+            owner = self._node(owner.parent)
+        entry = await self._lstat(self._tree.path(owner))
+        if is_text:
+            mode, size = stat.S_IFREG | _READABLE_BITS, len(self._texts[node.name]())
+        else:
+            mode, size = stat.S_IFDIR | (entry.mode & 0o555), _DIRECTORY_BYTES
+        return Attributes(
+            inode=node.inode,
+            mode=mode,
+            nlink=1 if is_text else 2,
+            uid=entry.uid,
+            gid=entry.gid,
+            rdev=0,
+            size=size,
+            blocks=0,
+            block_bytes=entry.block_bytes,
+            atime_ns=entry.mtime_ns,
+            mtime_ns=entry.mtime_ns,
+            ctime_ns=entry.ctime_ns,
+        )
+
+    async def _view_attributes(self, inode: int) -> Attributes:
+        parsed, position, npy = await self._view(inode)
+        entry = await self._current(parsed)
+        return _tensor_attributes(inode, parsed, position, npy, entry)
+
+    async def _current(self, parsed: ParsedFile) -> SourceStat:
+        """The file of a view, provided that it still is what was parsed."""
+        try:
+            entry = await self._lstat(parsed.path)
+        except FileNotFoundError:
+            raise StaleError("its file is gone", path=os.fsdecode(parsed.path)) from None
+        if entry.identity != parsed.identity:
+            raise StaleError("its file has changed", path=os.fsdecode(parsed.path))
+        return entry
+
+    async def readlink(self, inode: int) -> bytes:
+        """The target of a symlink.
+
+        Raises:
+            NotASymlinkError: it is none.
+            ForbiddenError: it leads out of the source.
+        """
+        node = self._source_node(inode)
+        if node is None or node.kind is not Kind.SOURCE:
+            raise NotASymlinkError
+        return await self._wait(self._source.readlink, self._tree.path(node))
+
+    # Listings
+
+    async def opendir(self, inode: int) -> bool:
+        """Prepare a listing; gives whether the one the kernel may have cached is still true."""
+        node = self._source_node(inode)
+        if node is None:
+            raise NotADirectoryEntryError
+        if node.kind is not Kind.SOURCE:
+            self._listings.pop(inode, None)
+            return False
+        entry = await self._lstat(self._tree.path(node))
+        if not entry.is_directory:
+            raise NotADirectoryEntryError
+        return self._is_cached(inode, entry.identity)
+
+    def _is_cached(self, inode: int, identity: bytes) -> bool:
+        """Whether what the kernel cached of an inode, at its last open, was of this identity; notes it."""
+        same = self._cached_identity.get(inode) == identity
+        self._cached_identity[inode] = identity
+        self._cached_identity.move_to_end(inode)
+        if len(self._cached_identity) > 1 << 16:
+            self._cached_identity.popitem(last=False)
+        return same
+
+    async def readdir(self, inode: int, after: int) -> Iterator[DirectoryEntry]:
+        """The entries behind a cookie (0: all), in the order of their cookies, without `.` and `..`."""
+        node = self._node(inode)
+        if after == 0 or inode not in self._listings:
+            self._listings[inode] = (b"", await self._list(node))
+            self._listings.move_to_end(inode)
+            if len(self._listings) > _MAX_LISTINGS:
+                self._listings.popitem(last=False)
+        entries = self._listings[inode][1]
+        return (entry for entry in entries if entry.cookie > after)
+
+    def listed(self, entry: DirectoryEntry) -> None:
+        """The kernel took an entry of a listing, and with it counts a look-up."""
+        if (node := self._source_node(entry.attributes.inode)) is not None:
+            self._tree.count_lookup(node)
+
+    async def _list(self, node: Node) -> list[DirectoryEntry]:
+        rows: list[tuple[bytes, Attributes]] = []
+        if node.kind is Kind.SOURCE:
+            folder = self._tree.path(node)
+            for name, entry in await self._wait(self._source.list, folder):
+                child = self._tree.see(Kind.SOURCE, node.inode, name, entry.inode_key)
+                path = os.path.join(folder, name)
+                rows.append((name, await self._source_attributes(child.inode, path, entry)))
+        elif node.kind is Kind.VIEW_ROOT:
+            folder = self._tree.path(self._node(node.parent))
+            for set_name in await self._wait(self._set_names, folder, node.name):
+                child = self._tree.see_virtual(Kind.VIEW_SET, node.inode, os.fsencode(set_name))
+                rows.append((child.name, await self._folder_attributes(child)))
+        elif node.kind is Kind.VIEW_SET:
+            root = self._node(node.parent)
+            views = await self._view_set(root, node.name)
+            if views is not None:
+                rows = await self._list_tensors(views, root.name)
+        else:
+            for name in self._texts:
+                child = self._tree.see_virtual(Kind.STATE, node.inode, name)
+                rows.append((name, await self._folder_attributes(child)))
+        entries = [DirectoryEntry(name, attributes, _cookie(name)) for name, attributes in rows]
+        return sorted(entries, key=lambda entry: entry.cookie)
+
+    def _set_names(self, folder: bytes, root: bytes) -> list[str]:
+        names = [name for name, _ in self._source.list(folder)]
+        return [name for name in self.library.sets(names) if _entries(self.library.view_set(folder, name), root)]
+
+    async def _list_tensors(self, views: ViewSet, root: bytes) -> list[tuple[bytes, Attributes]]:
+        rows = []
+        stats: dict[bytes, SourceStat] = {}
+        for name, (parsed, position) in _entries(views, root).items():
+            if parsed.path not in stats:
+                stats[parsed.path] = await self._current(parsed)
+            number = _view_number((parsed, position), root)
+            rows.append((name, _tensor_attributes(number, parsed, position, root == NPY, stats[parsed.path])))
+        return rows
+
+    # Opening
+
+    async def open(self, inode: int, flags: int) -> Opened:
+        """Open a file; its handle is in the table already, and this attaches what serves it.
+
+        Raises:
+            ReadOnlyError: anything but reading was asked.
+            StaleError: the name means another file now: the kernel looks it up again.
+            UnsupportedError: a FIFO, socket or device.
+        """
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & (os.O_TRUNC | os.O_APPEND):
+            raise ReadOnlyError
+        node = self._source_node(inode)
+        self.opens += 1
+        if node is None:
+            return await self._open_view(inode)
+        if node.kind is Kind.STATE and node.name in self._texts and node.name != STATE:
+            make = self._texts[node.name]
+            self._handles.attach(inode, lambda: (LiveText(make), None))
+            return Opened(keep_cache=False, direct=True)
+        if node.kind is not Kind.SOURCE:
+            raise IsADirectoryEntryError
+        path = self._tree.path(node)
+        try:
+            fd, entry = self._source.open(path, cached_only=True)
+        except FileNotFoundError:
+            raise StaleError("its name is gone", path=os.fsdecode(path)) from None
+        except WouldBlockError:
+            try:
+                fd, entry = await self._wait(self._source.open, path)
+            except FileNotFoundError:
+                raise StaleError("its name is gone", path=os.fsdecode(path)) from None
+        if entry.inode_key != node.key:
+            os.close(fd)
+            raise StaleError("its name means another file now", path=os.fsdecode(path))
+        self._serve(inode, fd, lambda: (WholeFile(self._source, fd, entry), fd))
+        return Opened(keep_cache=self._is_cached(inode, entry.identity))
+
+    async def _open_view(self, inode: int) -> Opened:
+        parsed, position, npy = await self._view(inode)
+        await self._current(parsed)
+        fd, entry = await self._wait(self._source.open, parsed.path)
+        if entry.identity != parsed.identity:
+            os.close(fd)
+            raise StaleError("its file has changed", path=os.fsdecode(parsed.path))
+        extent = parsed.record.tensors[position]
+        prefix = _npy_prefix(parsed, position) if npy else b""
+        make = lambda: (Extent(self._source, fd, parsed.identity, prefix, extent[3], extent[4]), None)  # noqa: E731
+        self._serve(inode, fd, make)
+        return Opened(keep_cache=True)
+
+    def _serve(self, inode: int, fd: int, make: Callable[[], tuple[Readable, int | None]]) -> None:
+        made = []
+
+        def once() -> tuple[Readable, int | None]:
+            made.append(True)
+            return make()
+
+        self._handles.attach(inode, once)
+        if not made:  # open already, or given up meanwhile
+            os.close(fd)
+
+    # The rest
+
+    async def getxattr(self, inode: int, name: bytes) -> bytes:
+        """One extended attribute: the source's own, or `user.weightfs.*` of a view."""
+        node = self._source_node(inode)
+        if node is not None:
+            if node.kind is not Kind.SOURCE:
+                raise NoAttributeError
+            return await self._wait(self._source.getxattr, self._tree.path(node), name)
+        parsed, position, _ = await self._view(inode)
+        attributes = _view_xattrs(parsed, position)
+        if name not in attributes:
+            raise NoAttributeError
+        return attributes[name]
+
+    async def listxattr(self, inode: int) -> list[bytes]:
+        """Names of the extended attributes."""
+        node = self._source_node(inode)
+        if node is not None:
+            if node.kind is not Kind.SOURCE:
+                return []
+            return await self._wait(self._source.listxattr, self._tree.path(node))
+        parsed, position, _ = await self._view(inode)
+        return list(_view_xattrs(parsed, position))
+
+    async def statfs(self) -> os.statvfs_result:
+        """Space and limits of the filesystem underneath."""
+        return await self._wait(self._source.statvfs)
+
+    # Helpers
+
+    def _node(self, inode: int) -> Node:
+        return self._tree.node(inode)
+
+    def _source_node(self, inode: int) -> Node | None:
+        """The node of a number, or None when it is (or may be) a view's."""
+        try:
+            return self._tree.node(inode)
+        except StaleError:
+            return None
+
+    async def _view(self, inode: int) -> tuple[ParsedFile, int, bool]:
+        found = self.library.view(inode)
+        if found is None:
+            raise StaleError(f"inode {inode:#x} is not known")
+        return found
+
+    async def _view_set(self, root: Node, name: bytes) -> ViewSet | None:
+        folder = self._tree.path(self._node(root.parent))
+        return await self._wait(self.library.view_set, folder, os.fsdecode(name))
+
+    async def _lstat(self, path: bytes) -> SourceStat:
+        try:
+            return self._source.lstat(path, cached_only=True)
+        except WouldBlockError:
+            return await self._wait(self._source.lstat, path)
+        except NotADirectoryError:
+            raise NotFoundError(os.fsdecode(path)) from None
+        except OSError as e:
+            if e.errno in (errno.ELOOP, errno.EXDEV):  # a folder above has become a symlink
+                raise StaleError("a folder above it was replaced", path=os.fsdecode(path)) from None
+            raise
+
+    async def _wait(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call in a thread; a source that does not answer costs that thread, not the caller."""
+        with trio.move_on_after(self._config.deadline_s):
+            return await trio.to_thread.run_sync(
+                lambda: function(*args, **kwargs), limiter=self._limiter, abandon_on_cancel=True
+            )
+        raise DeadlineError(f"the source did not answer within {self._config.deadline_s:g} s")
+
+
+def _entries(views: ViewSet | None, root: bytes) -> Mapping[bytes, tuple[ParsedFile, int]]:
+    if views is None:
+        return {}
+    return views.npy if root == NPY else views.raw
+
+
+def _view_number(place: tuple[ParsedFile, int], root: bytes) -> int:
+    parsed, position = place
+    return parsed.record.base + 2 * position + (root == NPY)
+
+
+def _npy_prefix(parsed: ParsedFile, position: int) -> bytes:
+    _, dtype, shape, *_ = parsed.record.tensors[position]
+    header = npy_header(dtype, shape, "big" if parsed.record.big_endian else "little")
+    if header is None:
+        raise StaleError(f"NumPy has no {dtype}")
+    return header
+
+
+def _tensor_attributes(inode: int, parsed: ParsedFile, position: int, npy: bool, entry: SourceStat) -> Attributes:
+    size = parsed.record.tensors[position][4] + (len(_npy_prefix(parsed, position)) if npy else 0)
+    return Attributes(
+        inode=inode,
+        mode=stat.S_IFREG | (entry.mode & _READABLE_BITS),
+        nlink=1,
+        uid=entry.uid,
+        gid=entry.gid,
+        rdev=0,
+        size=size,
+        blocks=-(-size // 512),
+        block_bytes=entry.block_bytes,
+        atime_ns=entry.atime_ns,
+        mtime_ns=entry.mtime_ns,
+        ctime_ns=entry.ctime_ns,
+    )
+
+
+def _view_xattrs(parsed: ParsedFile, position: int) -> dict[bytes, bytes]:
+    _, dtype, shape, offset, nbytes, layer, _ = parsed.record.tensors[position]
+    values = {
+        "dtype": dtype,
+        "shape": ",".join(map(str, shape)),
+        "layer": "" if layer is None else str(layer),
+        "offset": str(offset),
+        "nbytes": str(nbytes),
+        "file": os.fsdecode(os.path.basename(parsed.path)),
+    }
+    return {_XATTR + key.encode(): os.fsencode(value) for key, value in values.items()}
+
+
+def _cookie(name: bytes) -> int:
+    """63 bits that depend on the name alone: two of 100,000 names agree once in a billion folders."""
+    digest = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1
+    return max(digest, _FIRST_COOKIE)

@@ -1,0 +1,165 @@
+"""pyfuse3's requests to filesystem calls, errors to errnos. Nothing else."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+
+from weightfs import errors
+from weightfs.filesystem import Attributes, Filesystem
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+ERRNOS: Final[dict[type[errors.WeightfsError], int]] = {
+    errors.WeightfsError: errno.EIO,
+    errors.UsageError: errno.EINVAL,
+    errors.UnfitError: errno.ENOTSUP,
+    errors.BusyError: errno.EAGAIN,
+    errors.IntegrityError: errno.EIO,
+    errors.FormatError: errno.EIO,
+    errors.ShortReadError: errno.EIO,
+    errors.IndexStoreError: errno.EIO,
+    errors.EntryError: errno.EIO,
+    errors.NotFoundError: errno.ENOENT,
+    errors.NotADirectoryEntryError: errno.ENOTDIR,
+    errors.IsADirectoryEntryError: errno.EISDIR,
+    errors.NotASymlinkError: errno.EINVAL,
+    errors.StaleError: errno.ESTALE,
+    errors.ReadOnlyError: errno.EROFS,
+    errors.NoAttributeError: errno.ENODATA,
+    errors.ForbiddenError: errno.EACCES,
+    errors.UnsupportedError: errno.EOPNOTSUPP,
+    errors.DeadlineError: errno.EIO,
+}
+"""The one errno table. A subclass without a row of its own has its parent's."""
+
+_EXPECTED: Final = (errors.EntryError, OSError)
+
+
+def errno_of(error: BaseException) -> int:
+    """The errno a caller of the mount gets for an exception; what nobody expected is EIO, and is logged."""
+    if isinstance(error, errors.WeightfsError):
+        number = next(ERRNOS[kind] for kind in type(error).__mro__ if kind in ERRNOS)
+    elif isinstance(error, OSError) and error.errno:
+        number = error.errno
+    else:
+        number = errno.EIO
+    if not isinstance(error, _EXPECTED):
+        log.error("a request failed: %s", error, exc_info=error)
+    else:
+        log.debug("answered %s: %s", errno.errorcode.get(number, number), error)
+    return number
+
+
+def _answered(
+    handler: Callable[Concatenate[FuseOperations, P], Awaitable[T]],
+) -> Callable[Concatenate[FuseOperations, P], Coroutine[Any, Any, T]]:
+    """Let nothing but FUSEError (and trio's Cancelled, a BaseException) leave a handler: anything else ends the mount."""
+
+    @functools.wraps(handler)
+    async def guarded(self: FuseOperations, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await handler(self, *args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except Exception as e:  # noqa: BLE001 - see the docstring
+            raise pyfuse3.FUSEError(errno_of(e)) from None
+
+    return guarded
+
+
+class FuseOperations(pyfuse3.Operations):
+    """The adapter. READ, RELEASE and FLUSH never come here: the channel answers them."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = True
+
+    def __init__(self, filesystem: Filesystem, *, timeout_s: float) -> None:
+        """`timeout_s`: how long the kernel may believe names and attributes without asking again."""
+        super().__init__()
+        self._filesystem = filesystem
+        self._timeout_s = timeout_s
+
+    def _entry(self, attributes: Attributes) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = pyfuse3.InodeT(attributes.inode)
+        entry.generation = 0
+        entry.entry_timeout = entry.attr_timeout = self._timeout_s
+        entry.st_mode = pyfuse3.ModeT(attributes.mode)
+        entry.st_nlink = attributes.nlink
+        entry.st_uid = attributes.uid
+        entry.st_gid = attributes.gid
+        entry.st_rdev = attributes.rdev
+        entry.st_size = attributes.size
+        entry.st_blksize = attributes.block_bytes
+        entry.st_blocks = attributes.blocks
+        entry.st_atime_ns = attributes.atime_ns
+        entry.st_mtime_ns = attributes.mtime_ns
+        entry.st_ctime_ns = attributes.ctime_ns
+        return entry
+
+    @_answered
+    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._entry(await self._filesystem.lookup(parent_inode, name))
+
+    @_answered
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._entry(await self._filesystem.getattr(inode))
+
+    @_answered
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        return await self._filesystem.readlink(inode)
+
+    async def forget(self, inode_list: list[tuple[int, int]]) -> None:
+        for inode, lookups in inode_list:
+            self._filesystem.forget(inode, lookups)
+
+    @_answered
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        opened = await self._filesystem.open(inode, flags)
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(0), keep_cache=opened.keep_cache, direct_io=opened.direct)
+
+    @_answered
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        return int(await self._filesystem.opendir(inode))
+
+    @_answered
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        for entry in await self._filesystem.readdir(fh, start_id):
+            if not pyfuse3.readdir_reply(token, entry.name, self._entry(entry.attributes), entry.cookie):
+                return
+            self._filesystem.listed(entry)
+
+    async def releasedir(self, fh: int) -> None:
+        """Listings belong to inodes, not to handles: nothing to give back."""
+
+    @_answered
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        source = await self._filesystem.statfs()
+        reply = pyfuse3.StatvfsData()
+        for field in "f_bsize f_frsize f_blocks f_bfree f_bavail f_files f_ffree f_favail f_namemax".split():
+            setattr(reply, field, getattr(source, field))
+        return reply
+
+    @_answered
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        return await self._filesystem.getxattr(inode, name)
+
+    @_answered
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        return await self._filesystem.listxattr(inode)
+
+    async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
+        """Never asked: the kernel checks modes itself (`default_permissions`)."""
+        await trio.lowlevel.checkpoint()
+        return True

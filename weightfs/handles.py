@@ -1,0 +1,122 @@
+"""Which inodes are open, and what their bytes are read from. Pure bookkeeping, shared by channel and filesystem.
+
+A handle is the `unique` number of the OPEN request that made it: it means nothing to any process, so a request that
+the kernel sends again to a successor changes nothing. An inode's handles are a set; what serves them (a descriptor, a
+backing id) exists once per inode and ends with the last handle. The kernel demands the same: a second backing id, or
+a cached open beside a passthrough one, makes its opens fail with EIO.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+
+class Readable(Protocol):
+    """Bytes that READ requests are answered from. Blocking, thread-safe."""
+
+    def read_into(self, handle: int, buffer: memoryview, offset: int) -> int:
+        """Fill `buffer` from `offset` on; gives the bytes filled, fewer than asked only at the end of the file.
+
+        Raises:
+            ShortReadError: the source gave less than it promised.
+            StaleError: the source has changed since the file was opened.
+            OSError: the source failed.
+        """
+
+    def forget(self, handle: int) -> None:
+        """That handle will not read again."""
+
+    def close(self) -> None:
+        """No handle will read again."""
+
+
+class OpenInode:
+    """What serves the handles of one inode.
+
+    Attributes:
+        readable: None until the OPEN handler has attached it.
+        backing_fd: the whole file's descriptor, if the kernel may read it directly; owned by `readable`.
+        backing_id: the kernel's number for it, None on the READ path.
+        settled: whether the first OPEN has been answered: from then on the way of serving stays as it is.
+    """
+
+    __slots__ = ("backing_fd", "backing_id", "handles", "readable", "settled")
+
+    def __init__(self) -> None:
+        self.handles: set[int] = set()
+        self.readable: Readable | None = None
+        self.backing_fd: int | None = None
+        self.backing_id: int | None = None
+        self.settled = False
+
+
+class HandleTable:
+    """Open inodes by number. Thread-safe.
+
+    Args:
+        closing: called with each inode whose last handle is gone, before its readable is closed.
+    """
+
+    def __init__(self, closing: Callable[[OpenInode], None] = lambda _: None) -> None:
+        self._inodes: dict[int, OpenInode] = {}
+        self._lock = threading.Lock()
+        self.closing = closing
+
+    def add(self, inode: int, handle: int) -> None:
+        """An OPEN of `inode` has arrived; adding a handle twice changes nothing."""
+        with self._lock:
+            self._inodes.setdefault(inode, OpenInode()).handles.add(handle)
+
+    def attach(self, inode: int, make: Callable[[], tuple[Readable, int | None]]) -> bool:
+        """Give an open inode its readable and backing descriptor, unless it has them.
+
+        Returns:
+            False when every OPEN of it was given up meanwhile; nothing was made then.
+        """
+        with self._lock:
+            entry = self._inodes.get(inode)
+            if entry is None:
+                return False
+            if entry.readable is None:
+                entry.readable, entry.backing_fd = make()
+            return True
+
+    def get(self, inode: int) -> OpenInode | None:
+        """The open inode, or None."""
+        return self._inodes.get(inode)
+
+    def discard(self, inode: int, handle: int) -> None:
+        """A handle is released, or its OPEN failed; discarding one that is not there changes nothing."""
+        with self._lock:
+            entry = self._inodes.get(inode)
+            if entry is None:
+                return
+            entry.handles.discard(handle)
+            last = not entry.handles
+            if last:
+                del self._inodes[inode]
+        if entry.readable is not None:
+            entry.readable.forget(handle)
+        if last:
+            self._end(entry)
+
+    def close(self) -> None:
+        """Give everything up."""
+        with self._lock:
+            entries = list(self._inodes.values())
+            self._inodes.clear()
+        for entry in entries:
+            self._end(entry)
+
+    def _end(self, entry: OpenInode) -> None:
+        self.closing(entry)
+        if entry.readable is not None:
+            entry.readable.close()
+
+    def __len__(self) -> int:
+        return len(self._inodes)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(list(self._inodes))

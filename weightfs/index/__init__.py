@@ -1,0 +1,1 @@
+"""What weightfs remembers between mounts: layouts and inode numbers, in LMDB."""

@@ -1,0 +1,391 @@
+"""The index on disk: LMDB, one writer thread, every value sealed with a digest of its key and itself.
+
+Rooms (named databases): `meta`, `keys` (inode key -> number), `entries` (number -> EntryRecord), `files` (identity ->
+FileRecord), `bases` (first number of a run of views -> identity and path).
+
+Reads are short transactions on the caller's thread and return copies. Writes go into an overlay that reads see at
+once, and a thread commits them in groups with fsync, so no caller waits for the disk; a daemon that dies loses at most
+the last group, which the next look-up makes again. Numbers are reserved on disk in blocks before any of a block is
+given out: a crash skips numbers and never repeats one.
+
+What cannot be read, is foreign or of another schema is renamed aside, and a new index begins under a new epoch.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Final, TypeVar
+
+import lmdb
+import msgspec
+
+from weightfs.errors import IndexStoreError
+from weightfs.index.schema import IDENTITY_BYTES, SCHEMA, EntryRecord, FileRecord, inode_number, new_epoch
+
+log = logging.getLogger(__name__)
+
+_ROOMS: Final = (b"meta", b"keys", b"entries", b"files", b"bases")
+_BLOCK: Final = 1 << 16  # numbers reserved by one small commit
+_FIRST_MAP_BYTES: Final = 16 << 20
+_GROUP_S: Final = 0.05
+_SEAL: Final = 8
+_CHECK_TIMEOUT_S: Final = 60
+_Record = TypeVar("_Record", EntryRecord, FileRecord)
+
+
+class _Meta(msgspec.Struct, frozen=True):
+    product: str
+    schema: int
+    source: str
+    epoch: int
+
+
+class CorruptIndexError(IndexStoreError):
+    """The file is there and is not an index of ours, or not any more."""
+
+
+def _seal(room: bytes, key: bytes, value: bytes) -> bytes:
+    return hashlib.blake2b(value, digest_size=_SEAL, key=room + key[:32]).digest() + value
+
+
+def _unseal(room: bytes, key: bytes, sealed: bytes) -> bytes:
+    value = sealed[_SEAL:]
+    if _seal(room, key, value)[:_SEAL] != sealed[:_SEAL]:
+        raise CorruptIndexError(f"a record of room {room.decode()} fails its digest")
+    return value
+
+
+class IndexStore:
+    """What weightfs remembers of one source. Thread-safe; `close` commits what is pending.
+
+    Attributes:
+        epoch: high bits of the numbers it gives out.
+        set_aside: where an unusable predecessor was moved at open, with the reason, or None.
+    """
+
+    def __init__(self, folder: str, source: str, *, epoch_after: int = 0) -> None:
+        """Open or make the index of `source` in `folder`.
+
+        Args:
+            folder: made if missing, mode 0700.
+            source: absolute path or URL; an index of another source is foreign.
+            epoch_after: a new index gets an epoch larger than this.
+
+        Raises:
+            IndexStoreError: the folder can't be written.
+        """
+        self._folder = folder
+        self._source = source
+        self._path = os.path.join(folder, "index.lmdb")
+        self._lock = threading.RLock()
+        self._wake = threading.Event()
+        self._closing = False
+        self._overlay: dict[tuple[bytes, bytes], bytes] = {}
+        self._pending_bases: list[int] = []  # sorted; those of the overlay's room `bases`
+        self.set_aside: tuple[str, str] | None = None
+        try:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            self._open(epoch_after)
+        except OSError as e:
+            raise IndexStoreError(
+                f"can't keep an index: {os.strerror(e.errno or 0)}", path=folder, mend="--state-dir names another folder"
+            ) from e
+        self._writer = threading.Thread(target=self._write, name="index-writer", daemon=True)
+        self._writer.start()
+
+    # Opening
+
+    def _open(self, epoch_after: int) -> None:
+        try:
+            if os.path.exists(self._path):
+                self._check()
+            self._attach(epoch_after)
+        except (lmdb.Error, CorruptIndexError, msgspec.MsgspecError) as e:
+            self._put_aside(str(e))
+            self._attach(epoch_after)
+
+    def _put_aside(self, reason: str) -> None:
+        aside = f"{self._path}.unusable-{time.time_ns()}"
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self._path, aside)
+        for leftover in (self._path + "-lock", self._marker):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(leftover)
+        self.set_aside = (aside, reason)
+        log.warning("index set aside to %s, a new one is built: %s", aside, reason)
+        prefix = os.path.basename(self._path) + ".unusable-"
+        for name in os.listdir(self._folder):  # one is kept for whoever wants to know; more would fill the disk
+            path = os.path.join(self._folder, name)
+            if name.startswith(prefix) and path != aside:
+                os.unlink(path)
+
+    def _rebuild(self, reason: str) -> None:
+        """Begin anew under a live mount. What is pending stays pending and goes into the new index."""
+        self._env.close()
+        self._put_aside(reason)
+        self._attach(self.epoch)
+
+    def _attach(self, epoch_after: int) -> None:
+        size = os.path.getsize(self._path) if os.path.exists(self._path) else 0
+        map_bytes = max(_FIRST_MAP_BYTES, 2 * size)
+        self._env = lmdb.open(
+            self._path, subdir=False, map_size=map_bytes, max_dbs=len(_ROOMS), mode=0o600, readahead=False, max_readers=512
+        )
+        try:
+            self._rooms = {room: self._env.open_db(room) for room in _ROOMS}
+            with self._env.begin(write=True) as txn:
+                raw = txn.get(b"meta", db=self._rooms[b"meta"])
+                if raw is None:
+                    meta = _Meta("weightfs", SCHEMA, self._source, new_epoch(epoch_after))
+                    txn.put(b"meta", _seal(b"meta", b"meta", msgspec.msgpack.encode(meta)), db=self._rooms[b"meta"])
+                else:
+                    meta = msgspec.msgpack.decode(_unseal(b"meta", b"meta", bytes(raw)), type=_Meta)
+                self._judge(meta)
+                self.epoch = meta.epoch
+                self._next, self._reserved = 0, 0
+                self._reserve(txn, 0)
+        except BaseException:
+            self._env.close()
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._marker)
+
+    def _judge(self, meta: _Meta) -> None:
+        if meta.product != "weightfs" or meta.source != self._source:
+            raise CorruptIndexError(f"it belongs to {meta.product} {meta.source}")
+        if meta.schema != SCHEMA:
+            raise CorruptIndexError(f"its schema is {meta.schema}, this version reads {SCHEMA}")
+
+    @property
+    def _marker(self) -> str:
+        return self._path + ".clean"
+
+    def _check(self) -> None:
+        """Walk an index that was not closed by us, in a child: damaged pages can crash the process that reads them.
+
+        Raises:
+            CorruptIndexError: the walk failed, crashed or did not end.
+        """
+        stat = os.stat(self._path)
+        try:
+            with open(self._marker) as marker:
+                if marker.read() == _fingerprint(stat):
+                    return
+        except OSError:
+            pass  # no marker: killed, or the power went
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "weightfs.index.store", self._path],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=_CHECK_TIMEOUT_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise CorruptIndexError("reading it did not end") from None
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"reading it ended with status {done.returncode}"]
+            raise CorruptIndexError(lines[-1])
+
+    # Numbers
+
+    def take(self, count: int = 1) -> int:
+        """Reserve a run of `count` inode numbers and give its first."""
+        with self._lock:
+            if self._next + count > self._reserved:
+                with self._writing() as txn:
+                    self._reserve(txn, count)
+            first = inode_number(self.epoch, self._next)
+            self._next += count
+            return first
+
+    def _reserve(self, txn: lmdb.Transaction, count: int) -> None:
+        room = self._rooms[b"meta"]
+        raw = txn.get(b"next", db=room)
+        # 0 is no inode and 1 the root, whose number every FUSE mount fixes.
+        start = int.from_bytes(_unseal(b"meta", b"next", bytes(raw)), "big") if raw is not None else 2
+        size = max(_BLOCK, count)
+        txn.put(b"next", _seal(b"meta", b"next", (start + size).to_bytes(8, "big")), db=room)
+        self._next, self._reserved = start, start + size
+
+    # Records
+
+    def number_of(self, key: bytes) -> int | None:
+        """The inode number that a source's inode key has, if it ever got one."""
+        value = self._get(b"keys", key)
+        return int.from_bytes(value, "big") if value is not None else None
+
+    def entry(self, inode: int) -> EntryRecord | None:
+        """How to find an inode; None for a number this index never gave out."""
+        return self._record(b"entries", inode.to_bytes(8, "big"), EntryRecord)
+
+    def put_entry(self, inode: int, entry: EntryRecord) -> None:
+        """Remember where an inode was last seen."""
+        self._put(b"entries", inode.to_bytes(8, "big"), msgspec.msgpack.encode(entry))
+
+    def put_number(self, key: bytes, inode: int) -> None:
+        """Give a key its number for ever."""
+        self._put(b"keys", key, inode.to_bytes(8, "big"))
+
+    def file(self, identity: bytes) -> FileRecord | None:
+        """What the header of this very content said."""
+        return self._record(b"files", identity, FileRecord)
+
+    def put_file(self, identity: bytes, record: FileRecord) -> None:
+        """Remember a parsed header."""
+        self._put(b"files", identity, msgspec.msgpack.encode(record))
+
+    def put_owner(self, base: int, identity: bytes, path: bytes) -> None:
+        """Remember which content a run of views belongs to, and where that was last seen."""
+        with self._lock:
+            if base not in self._pending_bases:
+                bisect.insort(self._pending_bases, base)
+            self._put(b"bases", base.to_bytes(8, "big"), identity + path)
+
+    def owner_of_view(self, inode: int) -> tuple[bytes, bytes] | None:
+        """Identity and path of the content in whose run of views `inode` may lie: that with the largest base not
+        above it. The caller checks the length of the run."""
+        wanted = inode.to_bytes(8, "big")
+        with self._lock:
+            at = bisect.bisect_right(self._pending_bases, inode)
+            pending = self._pending_bases[at - 1].to_bytes(8, "big") if at else b""
+            with self._env.begin(db=self._rooms[b"bases"]) as txn, txn.cursor() as cursor:
+                if cursor.set_range(wanted) and cursor.key() == wanted:
+                    found = wanted
+                else:
+                    moved = cursor.prev() if cursor.key() else cursor.last()
+                    found = bytes(cursor.key()) if moved else b""
+            best = max(pending, found)
+            value = self._get(b"bases", best) if best else None
+        return (value[:IDENTITY_BYTES], value[IDENTITY_BYTES:]) if value is not None else None
+
+    def _record(self, room: bytes, key: bytes, kind: type[_Record]) -> _Record | None:
+        value = self._get(room, key)
+        return msgspec.msgpack.decode(value, type=kind) if value is not None else None
+
+    def _get(self, room: bytes, key: bytes) -> bytes | None:
+        with self._lock:
+            if (value := self._overlay.get((room, key))) is not None:
+                return value
+            try:
+                with self._env.begin(db=self._rooms[room]) as txn:
+                    sealed = txn.get(key)
+                return _unseal(room, key, sealed) if sealed is not None else None
+            except (lmdb.Error, CorruptIndexError) as e:
+                self._rebuild(str(e))
+                return None
+
+    def _put(self, room: bytes, key: bytes, value: bytes) -> None:
+        with self._lock:
+            self._overlay[room, key] = value
+        self._wake.set()
+
+    # Writing
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[lmdb.Transaction]:
+        try:
+            with self._env.begin(write=True) as txn:
+                yield txn
+        except lmdb.Error as e:
+            raise IndexStoreError(str(e), path=self._path) from e
+
+    def _write(self) -> None:
+        while not self._closing:
+            self._wake.wait()
+            time.sleep(_GROUP_S)
+            self._wake.clear()
+            try:
+                self.flush()
+            except IndexStoreError as e:
+                # Full or failing disk: the overlay keeps what is not written, so this mount goes on; it is tried again.
+                log.warning("index not written: %s", e)
+                time.sleep(1)
+                self._wake.set()
+
+    def flush(self) -> None:
+        """Commit what is pending, with fsync.
+
+        Raises:
+            IndexStoreError: it could not be written; nothing is lost while the process lives.
+        """
+        with self._lock:
+            group = dict(self._overlay)
+        if not group:
+            return
+        while True:
+            try:
+                with self._env.begin(write=True) as txn:
+                    for (room, key), value in group.items():
+                        txn.put(key, _seal(room, key, value), db=self._rooms[room])
+                break
+            except lmdb.MapFullError:
+                self._grow()
+            except lmdb.Error as e:
+                raise IndexStoreError(str(e), path=self._path) from e
+        with self._lock:
+            for entry, value in group.items():
+                if self._overlay.get(entry) is value:
+                    del self._overlay[entry]
+            self._pending_bases = sorted(
+                int.from_bytes(key, "big") for room, key in self._overlay if room == b"bases"
+            )
+
+    def _grow(self) -> None:
+        with self._lock:  # set_mapsize wants no transaction open in this process: all of ours hold this lock
+            self._env.set_mapsize(2 * self._env.info()["map_size"])
+
+    def close(self) -> None:
+        """Commit, close, and leave the mark that spares the next open its check."""
+        self._closing = True
+        self._wake.set()
+        self._writer.join()
+        try:
+            self.flush()
+        except IndexStoreError as e:
+            log.warning("index not written: %s", e)
+        with self._lock:
+            self._env.close()
+        with contextlib.suppress(OSError), open(self._marker, "w") as marker:
+            marker.write(_fingerprint(os.stat(self._path)))
+
+
+def _fingerprint(stat: os.stat_result) -> str:
+    return f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n"
+
+
+def walk(path: str) -> int:
+    """Read every record of an index and check its digest; gives the number of records.
+
+    Raises:
+        CorruptIndexError: a record is damaged, or the file is shorter than its pages.
+    """
+    with lmdb.open(path, subdir=False, readonly=True, max_dbs=len(_ROOMS)) as env:
+        pages = env.info()["last_pgno"] + 1
+        if os.path.getsize(path) < pages * env.stat()["psize"]:
+            raise CorruptIndexError("it is shorter than its pages")
+        records = 0
+        for room in _ROOMS:
+            handle = env.open_db(room, create=False)
+            with env.begin(db=handle) as txn:
+                for key, sealed in txn.cursor():
+                    _unseal(room, bytes(key), bytes(sealed))
+                    records += 1
+    return records
+
+
+if __name__ == "__main__":
+    try:
+        walk(sys.argv[1])
+    except (lmdb.Error, IndexStoreError, OSError) as error:
+        sys.exit(str(error))

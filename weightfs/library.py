@@ -1,0 +1,286 @@
+"""What the weight files of the source contain: headers parsed once, remembered by content, grouped into sets.
+
+Everything here may wait for the source, so it runs in worker threads; all of it is thread-safe.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from weightfs.errors import EntryError, FormatError, ShortReadError, StaleError
+from weightfs.formats import encode_name, format_of, group_shards, merge_shards, npy_header, parse_header, parse_weight_map
+from weightfs.formats.layout import WeightLayout
+from weightfs.index.schema import FileRecord
+from weightfs.index.store import IndexStore
+from weightfs.source.base import Source, SourceStat
+
+log = logging.getLogger(__name__)
+
+_SETTLED_NS: Final = 2_000_000_000
+"""A file changed less than this ago may change again without its times showing it: remembered in memory only."""
+_MAX_RUNS: Final = 4096  # parsed files kept in memory
+_MAX_SETS: Final = 256
+_MAX_WEIGHT_MAP_BYTES: Final = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedFile:
+    """One content of one weight file.
+
+    Attributes:
+        identity: of that content.
+        path: where it was found, relative to the root, symlinks resolved.
+        record: what its header said.
+        layout: the same as a layout; None when the header has a fault.
+        settled: whether the identity can be relied on to change with the content.
+    """
+
+    identity: bytes
+    path: bytes
+    record: FileRecord
+    layout: WeightLayout | None
+    settled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ViewSet:
+    """The tensors of one set, by the file name each has on the mount -> (file it lies in, position in its layout).
+
+    Attributes:
+        name: of the set.
+        raw: the entries of `.tensors/`; empty for big-endian files, since those files promise little-endian bytes.
+        npy: the entries of `.npy/`.
+    """
+
+    name: str
+    raw: Mapping[bytes, tuple[ParsedFile, int]]
+    npy: Mapping[bytes, tuple[ParsedFile, int]]
+
+
+class Library:
+    """Parsed weight files of one source."""
+
+    def __init__(self, source: Source, index: IndexStore) -> None:
+        self._source = source
+        self._index = index
+        self._lock = threading.Lock()
+        self._runs: OrderedDict[bytes, ParsedFile] = OrderedDict()  # by identity
+        self._bases: list[int] = []  # sorted; parallel to _by_base's keys
+        self._by_base: dict[int, bytes] = {}
+        self._sets: OrderedDict[tuple[object, ...], ViewSet | None] = OrderedDict()
+        self.headers_parsed = 0
+        self.faults: dict[bytes, FormatError] = {}
+
+    def parsed(self, path: bytes, entry: SourceStat, name: str) -> ParsedFile:
+        """The header of the weight file at `path`, which is `entry` now; a fault is remembered like a layout.
+
+        `name` is what the file is called where it was found: a symlink's own name tells the format, its target's
+        (a digest, in Hugging Face's cache) does not.
+
+        Raises:
+            ShortReadError, StaleError: the file changed while it was read.
+            OSError: the source failed.
+        """
+        identity = entry.identity
+        settled = time.time_ns() - max(entry.ctime_ns, entry.mtime_ns) > _SETTLED_NS
+        with self._lock:
+            known = self._runs.get(identity)
+            if known is not None and known.path == path and (known.settled or not settled):
+                self._runs.move_to_end(identity)
+                return known
+        record = self._index.file(identity) if settled else None
+        if record is None:
+            record = self._parse(path, name, entry, known.record if known else None)
+            if settled:
+                self._index.put_file(identity, record)
+        if settled and record.base:
+            self._index.put_owner(record.base, identity, path)
+        layout = None if record.fault else record.layout(name)
+        found = ParsedFile(identity, path, record, layout, settled)
+        self._remember(found)
+        return found
+
+    def _parse(self, path: bytes, name: str, entry: SourceStat, before: FileRecord | None) -> FileRecord:
+        fd, opened = self._source.open(path)
+        try:
+            if opened.identity != entry.identity:
+                raise StaleError("changed while its header was read", path=os.fsdecode(path))
+            self.headers_parsed += 1
+            try:
+                layout = parse_header(name, opened.size, _reader(fd))
+            except FormatError as e:
+                e.path = os.fsdecode(path)
+                log.debug("no tensor views: %s", e)
+                return FileRecord(0, format_of(name) or "", [], {}, False, (e.reason, e.message, e.offset))
+            if self._source.fstat(fd).identity != entry.identity:
+                raise StaleError("changed while its header was read", path=os.fsdecode(path))
+        finally:
+            os.close(fd)
+        fresh = FileRecord.of(0, layout)
+        if before is not None and fresh.tensors == before.tensors:
+            base = before.base
+        else:
+            base = self._index.take(2 * len(layout.tensors)) if layout.tensors else 0
+        return FileRecord.of(base, layout)
+
+    def _remember(self, found: ParsedFile) -> None:
+        with self._lock:
+            self._runs[found.identity] = found
+            self._runs.move_to_end(found.identity)
+            name = os.fsdecode(found.path)
+            if found.record.fault:
+                reason, message, offset = found.record.fault
+                self.faults[found.path] = FormatError(reason, message, offset=offset, path=name)
+            else:
+                self.faults.pop(found.path, None)
+            if found.record.base and found.record.base not in self._by_base:
+                bisect.insort(self._bases, found.record.base)
+            if found.record.base:
+                self._by_base[found.record.base] = found.identity
+            if len(self._runs) > _MAX_RUNS:
+                _, dropped = self._runs.popitem(last=False)
+                if self._by_base.pop(dropped.record.base, None) is not None:
+                    self._bases.remove(dropped.record.base)
+
+    def view(self, inode: int) -> tuple[ParsedFile, int, bool] | None:
+        """Whose tensor a view's number stands for: (file, position in its layout, whether it is the `.npy` form).
+
+        None for a number that belongs to no run of views.
+        """
+        with self._lock:
+            at = bisect.bisect_right(self._bases, inode) - 1
+            found = self._runs.get(self._by_base[self._bases[at]]) if at >= 0 else None
+        if found is None or not _holds(found.record, inode):
+            owner = self._index.owner_of_view(inode)
+            record = self._index.file(owner[0]) if owner else None
+            if owner is None or record is None or not _holds(record, inode):
+                return None
+            found = ParsedFile(owner[0], owner[1], record, record.layout(""), settled=True)
+            self._remember(found)
+        position, npy = divmod(inode - found.record.base, 2)
+        return found, position, bool(npy)
+
+    def sets(self, names: Iterable[bytes]) -> dict[str, tuple[str, ...]]:
+        """The sets among the entries of a folder: set name -> weight files, in shard order."""
+        texts = (os.fsdecode(name) for name in names)
+        return group_shards(name for name in texts if format_of(name))
+
+    def view_set(self, folder: bytes, name: str) -> ViewSet | None:
+        """The tensors of one set of a folder, or None when there is no such set or its headers have a fault.
+
+        Raises:
+            OSError: the source failed.
+        """
+        names = [raw for raw, _ in self._source.list(folder)]
+        files = self.sets(names).get(name)
+        if files is None:
+            return None
+        located: list[tuple[str, bytes, SourceStat]] = []
+        for file in files:
+            path = self._source.follow(os.path.join(folder, os.fsencode(file)))
+            if path is None:
+                continue
+            try:
+                entry = self._source.lstat(path)
+            except FileNotFoundError:
+                continue
+            if entry.is_file:
+                located.append((file, path, entry))
+        weight_map = self._weight_map_file(folder, name, files, names)
+        key = (folder, name, weight_map and weight_map[1].identity, *(entry.identity for _, _, entry in located))
+        with self._lock:
+            if key in self._sets:
+                self._sets.move_to_end(key)
+                return self._sets[key]
+        found, settled = self._merge(name, located, weight_map)
+        if settled:
+            with self._lock:
+                self._sets[key] = found
+                if len(self._sets) > _MAX_SETS:
+                    self._sets.popitem(last=False)
+        return found
+
+    def _merge(
+        self,
+        name: str,
+        located: list[tuple[str, bytes, SourceStat]],
+        weight_map: tuple[bytes, SourceStat] | None,
+    ) -> tuple[ViewSet | None, bool]:
+        parsed: dict[str, ParsedFile] = {}
+        try:
+            for file, path, entry in located:
+                parsed[file] = self.parsed(path, entry, file)
+        except (EntryError, ShortReadError):
+            return None, False  # being written: the next look-up tries again
+        settled = all(one.settled for one in parsed.values())
+        # A symlink's own name may differ from its target's (Hugging Face's blobs): the set speaks of the former.
+        layouts = [one.record.layout(file) for file, one in parsed.items() if one.layout is not None]
+        if not layouts:
+            return None, settled
+        try:
+            merged = merge_shards(layouts, self._weight_map(*weight_map) if weight_map else None)
+        except FormatError as e:
+            log.debug("no tensor views: %s", e)
+            return None, settled
+        except (EntryError, ShortReadError):
+            return None, False
+        places = {
+            (file, extent.name): position
+            for file, one in parsed.items()
+            if one.layout is not None
+            for position, extent in enumerate(one.layout.tensors)
+        }
+        raw, npy = {}, {}
+        for extent in merged.tensors:
+            place = parsed[extent.file], places[extent.file, extent.name]
+            if merged.byte_order == "little":
+                raw[os.fsencode(encode_name(extent.name))] = place
+            if npy_header(extent.dtype, extent.shape) is not None:
+                npy[os.fsencode(encode_name(extent.name, ".npy"))] = place
+        return ViewSet(name, raw, npy), settled
+
+    def _weight_map_file(
+        self, folder: bytes, name: str, files: tuple[str, ...], names: list[bytes]
+    ) -> tuple[bytes, SourceStat] | None:
+        """Path and stat of the file that says which shard holds which tensor, if the set has one."""
+        file = os.fsencode(f"{name}.{format_of(files[0])}.index.json")
+        path = self._source.follow(os.path.join(folder, file)) if file in names else None
+        return (path, self._source.lstat(path)) if path is not None else None
+
+    def _weight_map(self, path: bytes, entry: SourceStat) -> Mapping[str, str]:
+        if entry.size > _MAX_WEIGHT_MAP_BYTES:
+            raise FormatError("weight-map", f"is larger than {_MAX_WEIGHT_MAP_BYTES} bytes", offset=0)
+        fd, opened = self._source.open(path)
+        try:
+            if opened.identity != entry.identity:
+                raise StaleError("changed while it was read", path=os.fsdecode(path))
+            return parse_weight_map(_reader(fd)(0, entry.size))
+        finally:
+            os.close(fd)
+
+
+def _holds(record: FileRecord, inode: int) -> bool:
+    return bool(record.base) and record.base <= inode < record.base + 2 * len(record.tensors)
+
+
+def _reader(fd: int) -> Callable[[int, int], bytes]:
+    def read(offset: int, length: int) -> bytes:
+        parts = []
+        while length:
+            part = os.pread(fd, length, offset)
+            if not part:
+                raise ShortReadError(f"ends at byte {offset}, {length} bytes early")
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    return read

@@ -1,0 +1,128 @@
+"""System calls that Python has no wrapper for, through libc. No policy here.
+
+Every function raises OSError with the kernel's errno. Each drops the GIL while it waits (ctypes does).
+Layouts and numbers are those of the kernel's uapi headers (`linux/stat.h`, `linux/openat2.h`, `linux/fs.h`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+MS_RDONLY: Final = 1
+MS_NOSUID: Final = 2
+MS_NODEV: Final = 4
+MNT_DETACH: Final = 2
+
+RESOLVE_NO_MAGICLINKS: Final = 0x02
+RESOLVE_NO_SYMLINKS: Final = 0x04
+RESOLVE_BENEATH: Final = 0x08
+RESOLVE_CACHED: Final = 0x20
+"""Answer from the kernel's name cache or fail with EAGAIN: never waits for a device (Linux 5.12)."""
+
+_SYS_OPENAT2: Final = 437
+_AT_EMPTY_PATH: Final = 0x1000
+_STATX_BASIC_AND_BTIME: Final = 0x0FFF
+_FS_IOC_GETFSUUID: Final = 0x80111500
+_STATX = struct.Struct("<IIQIIIH2xQQQQ qI4x qI4x qI4x qI4x IIII")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p]
+_libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+_libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+_openat2 = ctypes.CDLL(None, use_errno=True).syscall
+_openat2.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
+_openat2.restype = ctypes.c_long
+
+
+def _failed(path: bytes | str | None = None) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number), path)
+
+
+def openat2(dir_fd: int, path: bytes, flags: int, resolve: int) -> int:
+    """Open `path` below `dir_fd` under the `RESOLVE_*` rules of openat2(2); the caller owns the descriptor."""
+    how = struct.pack("<QQQ", flags | os.O_CLOEXEC, 0, resolve)
+    fd: int = _openat2(_SYS_OPENAT2, dir_fd, path, how, len(how))
+    if fd < 0:
+        raise _failed(path)
+    return fd
+
+
+@dataclass(frozen=True, slots=True)
+class Statx:
+    """What statx(2) says of an inode. Times are nanoseconds since 1970; `btime_ns` is 0 where the filesystem has none."""
+
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    inode: int
+    size: int
+    blocks: int
+    block_bytes: int
+    atime_ns: int
+    btime_ns: int
+    ctime_ns: int
+    mtime_ns: int
+    rdev: int
+    device: int
+
+
+def fstatx(fd: int) -> Statx:
+    """statx(2) of an open descriptor, `O_PATH` ones included."""
+    buffer = ctypes.create_string_buffer(256)
+    if _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_BASIC_AND_BTIME, buffer):
+        raise _failed()
+    (_, block_bytes, _, nlink, uid, gid, mode, inode, size, blocks, _, a_s, a_ns, b_s, b_ns, c_s, c_ns, m_s, m_ns,
+     rdev_major, rdev_minor, dev_major, dev_minor) = _STATX.unpack_from(buffer)  # fmt: skip
+    return Statx(
+        mode=mode,
+        nlink=nlink,
+        uid=uid,
+        gid=gid,
+        inode=inode,
+        size=size,
+        blocks=blocks,
+        block_bytes=block_bytes,
+        atime_ns=a_s * 1_000_000_000 + a_ns,
+        btime_ns=b_s * 1_000_000_000 + b_ns,
+        ctime_ns=c_s * 1_000_000_000 + c_ns,
+        mtime_ns=m_s * 1_000_000_000 + m_ns,
+        rdev=os.makedev(rdev_major, rdev_minor),
+        device=os.makedev(dev_major, dev_minor),
+    )
+
+
+def filesystem_uuid(fd: int) -> bytes | None:
+    """The UUID of the filesystem that holds `fd` (Linux 6.9), or None where it has none to give."""
+    try:
+        reply = fcntl.ioctl(fd, _FS_IOC_GETFSUUID, bytes(17))
+    except OSError:
+        return None
+    length = reply[0]
+    return reply[1 : 1 + length] if length else None
+
+
+def statfs_raw(fd: int) -> bytes:
+    """The 120 bytes of struct statfs: `f_type` at 0, `f_fsid` at 56 (64-bit layouts)."""
+    buffer = ctypes.create_string_buffer(120)
+    if _libc.fstatfs(fd, buffer):
+        raise _failed()
+    return buffer.raw
+
+
+def mount(source: str, target: str, fstype: str, flags: int, options: str) -> None:
+    """mount(2)."""
+    if _libc.mount(os.fsencode(source), os.fsencode(target), os.fsencode(fstype), flags, os.fsencode(options)):
+        raise _failed(target)
+
+
+def umount(target: str, flags: int = 0) -> None:
+    """umount2(2)."""
+    if _libc.umount2(os.fsencode(target), flags):
+        raise _failed(target)

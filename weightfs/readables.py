@@ -1,0 +1,102 @@
+"""What READ requests are answered from: whole files, tensors, live state. Blocking; the channel's threads call it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from weightfs.errors import ShortReadError, StaleError
+from weightfs.source.base import Source, SourceStat
+
+
+def _fill(fd: int, buffer: memoryview, offset: int) -> int:
+    """preadv until `buffer` is full or the file ends."""
+    filled = 0
+    while filled < len(buffer):
+        got = os.preadv(fd, [buffer[filled:]], offset + filled)
+        if not got:
+            break
+        filled += got
+    return filled
+
+
+class WholeFile:
+    """A file of the source, byte for byte. Owns its descriptor."""
+
+    def __init__(self, source: Source, fd: int, opened: SourceStat) -> None:
+        self._source = source
+        self._fd = fd
+        self._promised = opened.size
+
+    def read_into(self, handle: int, buffer: memoryview, offset: int) -> int:
+        """See `Readable`. Ends where the file ends now, but never before the size it had when it was opened."""
+        filled = _fill(self._fd, buffer, offset)
+        if filled < len(buffer) and offset + filled < self._promised:
+            size = self._source.fstat(self._fd).size
+            if size < self._promised:
+                raise StaleError(f"was cut from {self._promised} to {size} bytes while it was open")
+            raise ShortReadError(f"gave {filled} of {len(buffer)} bytes at {offset}, well before its end")
+        return filled
+
+    def forget(self, handle: int) -> None:
+        """See `Readable`."""
+
+    def close(self) -> None:
+        """See `Readable`."""
+        os.close(self._fd)
+
+
+class Extent:
+    """A tensor: a prefix made up (the `.npy` header, or nothing), then a range of a file. Owns its descriptor."""
+
+    def __init__(self, source: Source, fd: int, identity: bytes, prefix: bytes, offset: int, nbytes: int) -> None:
+        self._source = source
+        self._fd = fd
+        self._identity = identity
+        self._prefix = prefix
+        self._offset = offset
+        self._nbytes = nbytes
+
+    def read_into(self, handle: int, buffer: memoryview, offset: int) -> int:
+        """See `Readable`. The file is examined after its bytes were read, so that no changed byte is passed on."""
+        wanted = buffer[: max(0, min(len(buffer), len(self._prefix) + self._nbytes - offset))]
+        head = self._prefix[offset : offset + len(wanted)]
+        wanted[: len(head)] = head
+        rest = wanted[len(head) :]
+        filled = _fill(self._fd, rest, self._offset + offset + len(head) - len(self._prefix)) if len(rest) else 0
+        if self._source.fstat(self._fd).identity != self._identity:
+            raise StaleError("its file has changed")
+        if filled < len(rest):
+            raise ShortReadError(f"gave {filled} of {len(rest)} bytes of a tensor")
+        return len(wanted)
+
+    def forget(self, handle: int) -> None:
+        """See `Readable`."""
+
+    def close(self) -> None:
+        """See `Readable`."""
+        os.close(self._fd)
+
+
+class LiveText:
+    """Text made anew for each handle at its first read, so that no reader sees two states mixed."""
+
+    def __init__(self, make: Callable[[], bytes]) -> None:
+        self._make = make
+        self._texts: dict[int, bytes] = {}
+
+    def read_into(self, handle: int, buffer: memoryview, offset: int) -> int:
+        """See `Readable`."""
+        text = self._texts.get(handle)
+        if text is None:
+            text = self._texts[handle] = self._make()
+        part = text[offset : offset + len(buffer)]
+        buffer[: len(part)] = part
+        return len(part)
+
+    def forget(self, handle: int) -> None:
+        """See `Readable`."""
+        self._texts.pop(handle, None)
+
+    def close(self) -> None:
+        """See `Readable`."""
