@@ -96,6 +96,8 @@ class Channel:
         bytes_read: bytes given in READ replies.
         fallbacks: files the kernel would not read by itself, by errno.
         expired: requests answered EIO at their deadline.
+        hints: READs of files that the kernel reads by itself: `readahead` and WILLNEED through the mount, which fill a
+            second cache that nobody reads.
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class Channel:
         self.fallbacks: Counter[int] = Counter()
         self.bytes_read = 0
         self.expired = 0
+        self.hints = 0
 
     @property
     def mountpoint(self) -> str:
@@ -233,6 +236,7 @@ class Channel:
         self._pending[unique] = _Pending(Opcode.READ, nodeid, 0, expires)
         entry = self._handles.get(nodeid)
         if entry is not None and entry.readable is not None:
+            self.hints += entry.backing_id is not None
             self._jobs.put((unique, entry.readable, handle, offset, size))
         else:
             nursery.start_soon(self._reopen_and_read, unique, nodeid, handle, offset, size)

@@ -138,7 +138,6 @@ class Filesystem:
         self._listings: OrderedDict[int, tuple[bytes, list[DirectoryEntry]]] = OrderedDict()
         self._cached_identity: OrderedDict[int, bytes] = OrderedDict()
         self.opens = 0
-        self.changed_in_place: dict[bytes, int] = {}
 
     # Names
 
@@ -418,7 +417,7 @@ class Filesystem:
         if entry.inode_key != node.key:
             os.close(fd)
             raise StaleError("its name means another file now", path=os.fsdecode(path))
-        self._serve(inode, fd, lambda: (WholeFile(self._source, fd, entry), fd))
+        self._serve(inode, fd, lambda: (WholeFile(self._source, path, fd, entry), fd))
         return Opened(keep_cache=self._is_cached(inode, entry.identity))
 
     async def _open_view(self, inode: int) -> Opened:
@@ -444,6 +443,12 @@ class Filesystem:
         self._handles.attach(inode, once)
         if not made:  # open already, or given up meanwhile
             os.close(fd)
+
+    def changed_files(self) -> list[str]:
+        """Open files that were written to in place since they were opened. Callable from any thread."""
+        opened = (self._handles.get(inode) for inode in self._handles)
+        files = (entry.readable for entry in opened if entry is not None)
+        return sorted({os.fsdecode(file.path) for file in files if isinstance(file, WholeFile) and file.has_changed()})
 
     # The rest
 

@@ -79,6 +79,11 @@ class Library:
         self.headers_parsed = 0
         self.faults: dict[bytes, FormatError] = {}
 
+    @property
+    def models(self) -> int:
+        """Weight files whose header is in memory."""
+        return len(self._runs)
+
     def parsed(self, path: bytes, entry: SourceStat, name: str) -> ParsedFile:
         """The header of the weight file at `path`, which is `entry` now; a fault is remembered like a layout.
 

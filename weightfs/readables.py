@@ -21,12 +21,18 @@ def _fill(fd: int, buffer: memoryview, offset: int) -> int:
 
 
 class WholeFile:
-    """A file of the source, byte for byte. Owns its descriptor."""
+    """A file of the source, byte for byte. Owns its descriptor.
 
-    def __init__(self, source: Source, fd: int, opened: SourceStat) -> None:
+    Attributes:
+        path: where it was found, relative to the root.
+    """
+
+    def __init__(self, source: Source, path: bytes, fd: int, opened: SourceStat) -> None:
+        self.path = path
         self._source = source
         self._fd = fd
         self._promised = opened.size
+        self._mtime_ns = opened.mtime_ns
 
     def read_into(self, handle: int, buffer: memoryview, offset: int) -> int:
         """See `Readable`. Ends where the file ends now, but never before the size it had when it was opened."""
@@ -37,6 +43,11 @@ class WholeFile:
                 raise StaleError(f"was cut from {self._promised} to {size} bytes while it was open")
             raise ShortReadError(f"gave {filled} of {len(buffer)} bytes at {offset}, well before its end")
         return filled
+
+    def has_changed(self) -> bool:
+        """Whether the file was written to since it was opened. Handles see the new bytes, as on the bare file."""
+        now = self._source.fstat(self._fd)
+        return (now.size, now.mtime_ns) != (self._promised, self._mtime_ns)
 
     def forget(self, handle: int) -> None:
         """See `Readable`."""

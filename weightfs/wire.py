@@ -16,8 +16,10 @@ class Opcode(enum.IntEnum):
     LOOKUP = 1
     FORGET = 2
     GETATTR = 3
+    READLINK = 5
     OPEN = 14
     READ = 15
+    STATFS = 17
     RELEASE = 18
     GETXATTR = 22
     LISTXATTR = 23
@@ -25,10 +27,13 @@ class Opcode(enum.IntEnum):
     INIT = 26
     OPENDIR = 27
     READDIR = 28
+    RELEASEDIR = 29
     INTERRUPT = 36
     DESTROY = 38
+    IOCTL = 39
     BATCH_FORGET = 42
     READDIRPLUS = 44
+    STATX = 52
 
 
 IN_HEADER: Final = struct.Struct("<IIQQ")

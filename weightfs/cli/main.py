@@ -1,0 +1,23 @@
+"""The `weightfs` command: one function a subcommand, gathered here."""
+
+from __future__ import annotations
+
+import typer
+
+from weightfs.cli import mounting
+
+app = typer.Typer(
+    name="weightfs",
+    help="A read-only filesystem for model weights, at the speed of the bare file.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(mounting.mount)
+app.command()(mounting.umount)
+app.command()(mounting.status)
+
+
+def main() -> None:
+    """Run it."""
+    app()

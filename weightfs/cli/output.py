@@ -1,0 +1,57 @@
+"""How commands speak: one JSON document or text on stdout, everything else on stderr, one line for an error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from weightfs.errors import WeightfsError
+
+SCHEMA = 1
+
+
+def emit(document: dict[str, Any]) -> None:
+    """Write the one JSON document of a command."""
+    sys.stdout.write(json.dumps({"schema": SCHEMA, **document}, indent=2, ensure_ascii=True) + "\n")
+    sys.stdout.flush()
+
+
+def say(text: str) -> None:
+    """Write a line for people, in a form that no name in a header can break."""
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
+
+
+def fail(error: WeightfsError, *, as_json: bool) -> NoReturn:
+    """One line (or document) of what, which path, why and what to do; then the exit code."""
+    if as_json:
+        emit({"error": {"code": error.code, "message": error.message, "path": error.path, "mend": error.mend}})
+    line = f"weightfs: {error}" + (f"; {error.mend}" if error.mend else "")
+    sys.stderr.write(line.encode("utf-8", "backslashreplace").decode() + "\n")
+    sys.exit(error.exit_code)
+
+
+@contextmanager
+def reporting(*, as_json: bool) -> Iterator[None]:
+    """Turn the errors weightfs raises on purpose into `fail`; with debug logging the traceback comes along."""
+    try:
+        yield
+    except WeightfsError as e:
+        logging.getLogger("weightfs").debug("failed", exc_info=e)
+        fail(e, as_json=as_json)
+
+
+def human_bytes(count: int) -> str:
+    """`1.4 GiB`, `23 KiB`, `17 B`."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+Command = Callable[..., None]

@@ -1,0 +1,125 @@
+"""Settings of a mount: defaults, a TOML file, the command line, in this order, parsed once."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from weightfs.errors import UsageError
+
+ENGINES: Final = ("auto", "passthrough", "portable")
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountConfig:
+    """One mount.
+
+    Attributes:
+        source: absolute path of the folder to show.
+        mountpoint: absolute path of the folder to show it at.
+        engine: `auto` takes kernel passthrough where it works.
+        allow_other: whether other users may use the mount; None is yes for root, no otherwise.
+        state_dir: index, log; None is `default_state_dir`.
+        metrics_listen: HOST:PORT to serve Prometheus metrics on, or None.
+        log_level: one of `LOG_LEVELS`.
+        deadline_s: a request not answered by then fails with EIO.
+        attribute_timeout_s: how long the kernel may believe a name or size without asking; changes show up after it.
+    """
+
+    source: str
+    mountpoint: str
+    engine: str = "auto"
+    allow_other: bool | None = None
+    state_dir: str | None = None
+    metrics_listen: str | None = None
+    log_level: str = "info"
+    deadline_s: float = 30.0
+    attribute_timeout_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise UsageError(f"engine {self.engine!r} is none of {', '.join(ENGINES)}")
+        if self.log_level not in LOG_LEVELS:
+            raise UsageError(f"log level {self.log_level!r} is none of {', '.join(LOG_LEVELS)}")
+        for name in ("deadline_s", "attribute_timeout_s"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} must not be negative")
+        if self.metrics_listen is not None:
+            listen_address(self.metrics_listen)
+
+    @property
+    def for_others(self) -> bool:
+        """`allow_other`, decided."""
+        return os.geteuid() == 0 if self.allow_other is None else self.allow_other
+
+    @property
+    def state_folder(self) -> str:
+        """Where this mount keeps what it remembers."""
+        return self.state_dir or default_state_dir(self.source)
+
+
+def default_state_dir(source: str) -> str:
+    """The state folder of a source: readable in a listing, unique by digest."""
+    base = "/var/lib/weightfs"
+    if os.geteuid() != 0:
+        base = os.path.join(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "weightfs")
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", source).strip("-")[-40:] or "root"
+    return os.path.join(base, f"{label}-{hashlib.blake2b(os.fsencode(source), digest_size=4).hexdigest()}")
+
+
+def listen_address(text: str) -> tuple[str, int]:
+    """HOST:PORT taken apart, an IPv6 host in brackets.
+
+    Raises:
+        UsageError: it is no such thing.
+    """
+    found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]*)):(\d{1,5})", text)
+    if found is None or int(found[3]) > 65535:
+        raise UsageError(f"{text!r} is not HOST:PORT", mend="write 127.0.0.1:9464, or [::1]:9464")
+    return found[1] or found[2] or "127.0.0.1", int(found[3])
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The settings in a TOML file; the names are `MountConfig`'s, with `-` or `_`.
+
+    Raises:
+        UsageError: it can't be read, or holds a key or a type that does not exist.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = tomllib.load(file)
+    except OSError as e:
+        raise UsageError(f"can't read it: {os.strerror(e.errno or 0)}", path=path) from e
+    except tomllib.TOMLDecodeError as e:
+        raise UsageError(f"is not TOML: {e}", path=path) from e
+    known = {field.name: field for field in dataclasses.fields(MountConfig)}
+    settings = {}
+    for key, value in raw.items():
+        name = key.replace("-", "_")
+        if name not in known or name in ("source", "mountpoint"):
+            raise UsageError(f"unknown key {key!r}", path=path, mend=f"keys are {', '.join(sorted(known))}")
+        expected = {"allow_other": bool, "deadline_s": (int, float), "attribute_timeout_s": (int, float)}.get(name, str)
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+            raise UsageError(f"key {key!r} has the wrong type: {value!r}", path=path)
+        settings[name] = value
+    return settings
+
+
+def mount_config(source: str, mountpoint: str, file: str | None, options: Mapping[str, Any]) -> MountConfig:
+    """The settings of one mount: `options` that are not None win over `file`'s.
+
+    Raises:
+        UsageError: see `read_config` and `MountConfig`.
+    """
+    settings = read_config(file) if file else {}
+    settings.update({name: value for name, value in options.items() if value is not None})
+    # realpath of the folder above only: a dead mount makes the mountpoint itself unreadable.
+    above, last = os.path.split(os.path.abspath(mountpoint))
+    return MountConfig(source=os.path.realpath(source), mountpoint=os.path.join(os.path.realpath(above), last), **settings)

@@ -1,0 +1,56 @@
+"""The live state as Prometheus text. Every metric's name is here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from weightfs.wire import Opcode
+
+
+def by_name(requests: Counter[int]) -> dict[str, int]:
+    """Request counts by the opcode's name, the number where it has none here."""
+    names = {code.value: code.name.lower() for code in Opcode}
+    return {names.get(code, f"opcode_{code}"): count for code, count in sorted(requests.items())}
+
+
+class _Collector(Collector):
+    def __init__(self, status: Callable[[], Mapping[str, Any]]) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._status()
+        info = GaugeMetricFamily("weightfs_mount_info", "One mount, always 1", labels=["mountpoint", "source", "engine"])
+        info.add_metric([status["mountpoint"], status["source"], status["engine"]], 1)
+        yield info
+        yield GaugeMetricFamily("weightfs_uptime_seconds", "Since the daemon started", status["uptime_s"])
+        yield GaugeMetricFamily("weightfs_open_inodes", "Files open through the mount", status["open_inodes"])
+        yield GaugeMetricFamily("weightfs_header_faults", "Weight files whose header has a fault", len(status["faults"]))
+        yield CounterMetricFamily("weightfs_opens", "Files opened", status["opens"])
+        yield CounterMetricFamily("weightfs_headers_parsed", "Headers not found in the index", status["headers_parsed"])
+        yield CounterMetricFamily("weightfs_read_bytes", "Bytes read through user space", status["bytes_read"])
+        yield CounterMetricFamily("weightfs_requests_expired", "Requests past their deadline", status["requests_expired"])
+        requests = CounterMetricFamily("weightfs_requests", "Requests that reached user space", labels=["operation"])
+        for operation, count in status["requests"].items():
+            requests.add_metric([operation], count)
+        yield requests
+
+
+def exposition(status: Mapping[str, Any]) -> bytes:
+    """The Prometheus text of one state."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collector(lambda: status))
+    return generate_latest(registry)
+
+
+def serve(address: tuple[str, int], status: Callable[[], Mapping[str, Any]]) -> None:
+    """Serve the text over HTTP from a daemon thread, until the process ends."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collector(status))
+    host, port = address
+    start_http_server(port, host, registry)
