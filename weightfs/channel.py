@@ -348,7 +348,7 @@ class Channel:
     def _open_backing(self, fd: int) -> int | None:
         try:
             # Mutable, so that Python gives the call's result, which is the id.
-            return fcntl.ioctl(self._kernel, wire.BACKING_OPEN, bytearray(wire.BACKING_MAP.pack(fd, 0, 0)))
+            return int(fcntl.ioctl(self._kernel, wire.BACKING_OPEN, bytearray(wire.BACKING_MAP.pack(fd, 0, 0))))
         except OSError as e:
             # ELOOP: the file lies on a stacked filesystem. It is served by the READ path instead.
             if not self.fallbacks[e.errno or 0]:
@@ -395,7 +395,7 @@ def _reply_bytes(opcode: int, buffer: bytearray) -> int:
     if opcode in (Opcode.READDIR, Opcode.READDIRPLUS):
         (size,) = struct.unpack_from("<I", buffer, wire.READ_SIZE_AT)
         struct.pack_into("<I", buffer, wire.READ_SIZE_AT, min(size, _REPLY_BYTES))
-        return min(size, _REPLY_BYTES) + _SMALL_REPLY_BYTES
+        return min(int(size), _REPLY_BYTES) + _SMALL_REPLY_BYTES
     if opcode in (Opcode.GETXATTR, Opcode.LISTXATTR):
         (size,) = struct.unpack_from("<I", buffer, wire.XATTR_SIZE_AT)
         return min(int(size), _REQUEST_BYTES) + _SMALL_REPLY_BYTES

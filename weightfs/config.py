@@ -14,6 +14,11 @@ from typing import Any, Final
 from weightfs.errors import UsageError
 
 ENGINES: Final = ("auto", "passthrough", "portable")
+_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
+    "allow_other": (bool,),
+    "deadline_s": (int, float),
+    "attribute_timeout_s": (int, float),
+}
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
 
@@ -105,8 +110,8 @@ def read_config(path: str) -> dict[str, Any]:
         name = key.replace("-", "_")
         if name not in known or name in ("source", "mountpoint"):
             raise UsageError(f"unknown key {key!r}", path=path, mend=f"keys are {', '.join(sorted(known))}")
-        expected = {"allow_other": bool, "deadline_s": (int, float), "attribute_timeout_s": (int, float)}.get(name, str)
-        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        expected = _TYPES.get(name, (str,))
+        if type(value) not in expected:
             raise UsageError(f"key {key!r} has the wrong type: {value!r}", path=path)
         settings[name] = value
     return settings
@@ -122,4 +127,6 @@ def mount_config(source: str, mountpoint: str, file: str | None, options: Mappin
     settings.update({name: value for name, value in options.items() if value is not None})
     # realpath of the folder above only: a dead mount makes the mountpoint itself unreadable.
     above, last = os.path.split(os.path.abspath(mountpoint))
-    return MountConfig(source=os.path.realpath(source), mountpoint=os.path.join(os.path.realpath(above), last), **settings)
+    return MountConfig(
+        source=os.path.realpath(source), mountpoint=os.path.join(os.path.realpath(above), last), **settings
+    )

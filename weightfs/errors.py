@@ -98,7 +98,7 @@ class FormatError(IntegrityError):
 
 
 class ShortReadError(IntegrityError):
-    """The source gave fewer bytes than its size promised: never passed on, since the kernel would fill up with zeros."""
+    """The source gave fewer bytes than it promised: never passed on, since the kernel would fill up with zeros."""
 
 
 class IndexStoreError(WeightfsError):

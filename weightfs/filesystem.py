@@ -187,11 +187,17 @@ class Filesystem:
 
     async def _lookup_tensor(self, folder: Node, name: bytes) -> Attributes:
         root = self._node(folder.parent)
-        views = await self._view_set(root, folder.name)
-        place = _entries(views, root.name).get(name) if views else None
-        if place is None:
-            raise NotFoundError(os.fsdecode(name))
-        return await self._view_attributes(_view_number(place, root.name))
+        for newest in (False, True):
+            views = await self._view_set(root, folder.name, newest=newest)
+            place = _entries(views, root.name).get(name)
+            if place is None:
+                continue  # a set remembered from a moment ago may lack it
+            try:
+                return await self._view_attributes(_view_number(place, root.name))
+            except StaleError:
+                if newest:
+                    raise
+        raise NotFoundError(os.fsdecode(name))
 
     def forget(self, inode: int, lookups: int) -> None:
         """The kernel gives back that many look-ups of a number."""
@@ -300,7 +306,7 @@ class Filesystem:
         """
         node = self._source_node(inode)
         if node is None or node.kind is not Kind.SOURCE:
-            raise NotASymlinkError
+            raise NotASymlinkError("is no symlink")
         return await self._wait(self._source.readlink, self._tree.path(node))
 
     # Listings
@@ -309,13 +315,13 @@ class Filesystem:
         """Prepare a listing; gives whether the one the kernel may have cached is still true."""
         node = self._source_node(inode)
         if node is None:
-            raise NotADirectoryEntryError
+            raise NotADirectoryEntryError("is no folder")
         if node.kind is not Kind.SOURCE:
             self._listings.pop(inode, None)
             return False
         entry = await self._lstat(self._tree.path(node))
         if not entry.is_directory:
-            raise NotADirectoryEntryError
+            raise NotADirectoryEntryError("is no folder")
         return self._is_cached(inode, entry.identity)
 
     def _is_cached(self, inode: int, identity: bytes) -> bool:
@@ -347,7 +353,7 @@ class Filesystem:
         rows: list[tuple[bytes, Attributes]] = []
         if node.kind is Kind.SOURCE:
             folder = self._tree.path(node)
-            for name, entry in await self._wait(self._source.list, folder):
+            for name, entry in await self._wait(self._source.entries, folder):
                 child = self._tree.see(Kind.SOURCE, node.inode, name, entry.inode_key)
                 path = os.path.join(folder, name)
                 rows.append((name, await self._source_attributes(child.inode, path, entry)))
@@ -369,8 +375,11 @@ class Filesystem:
         return sorted(entries, key=lambda entry: entry.cookie)
 
     def _set_names(self, folder: bytes, root: bytes) -> list[str]:
-        names = [name for name, _ in self._source.list(folder)]
-        return [name for name in self.library.sets(names) if _entries(self.library.view_set(folder, name), root)]
+        return [
+            name
+            for name in self.library.sets(self._source.names(folder))
+            if _entries(self.library.view_set(folder, name), root)
+        ]
 
     async def _list_tensors(self, views: ViewSet, root: bytes) -> list[tuple[bytes, Attributes]]:
         rows = []
@@ -393,7 +402,7 @@ class Filesystem:
             UnsupportedError: a FIFO, socket or device.
         """
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & (os.O_TRUNC | os.O_APPEND):
-            raise ReadOnlyError
+            raise ReadOnlyError("weights are only read")
         node = self._source_node(inode)
         self.opens += 1
         if node is None:
@@ -403,7 +412,7 @@ class Filesystem:
             self._handles.attach(inode, lambda: (LiveText(make), None))
             return Opened(keep_cache=False, direct=True)
         if node.kind is not Kind.SOURCE:
-            raise IsADirectoryEntryError
+            raise IsADirectoryEntryError("is a folder")
         path = self._tree.path(node)
         try:
             fd, entry = self._source.open(path, cached_only=True)
@@ -457,12 +466,12 @@ class Filesystem:
         node = self._source_node(inode)
         if node is not None:
             if node.kind is not Kind.SOURCE:
-                raise NoAttributeError
+                raise NoAttributeError(os.fsdecode(name))
             return await self._wait(self._source.getxattr, self._tree.path(node), name)
         parsed, position, _ = await self._view(inode)
         attributes = _view_xattrs(parsed, position)
         if name not in attributes:
-            raise NoAttributeError
+            raise NoAttributeError(os.fsdecode(name))
         return attributes[name]
 
     async def listxattr(self, inode: int) -> list[bytes]:
@@ -497,9 +506,11 @@ class Filesystem:
             raise StaleError(f"inode {inode:#x} is not known")
         return found
 
-    async def _view_set(self, root: Node, name: bytes) -> ViewSet | None:
-        folder = self._tree.path(self._node(root.parent))
-        return await self._wait(self.library.view_set, folder, os.fsdecode(name))
+    async def _view_set(self, root: Node, name: bytes, *, newest: bool = False) -> ViewSet | None:
+        folder, text = self._tree.path(self._node(root.parent)), os.fsdecode(name)
+        if not newest and (remembered := self.library.recent_view_set(folder, text)) is not None:
+            return remembered
+        return await self._wait(self.library.view_set, folder, text)
 
     async def _lstat(self, path: bytes) -> SourceStat:
         try:

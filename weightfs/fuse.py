@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import pyfuse3
@@ -42,6 +42,7 @@ ERRNOS: Final[dict[type[errors.WeightfsError], int]] = {
 }
 """The one errno table. A subclass without a row of its own has its parent's."""
 
+_STATVFS: Final = tuple(f"f_{x}" for x in ("bsize", "frsize", "blocks", "bfree", "bavail", "files", "ffree", "favail"))
 _EXPECTED: Final = (errors.EntryError, OSError)
 
 
@@ -63,7 +64,7 @@ def errno_of(error: BaseException) -> int:
 def _answered(
     handler: Callable[Concatenate[FuseOperations, P], Awaitable[T]],
 ) -> Callable[Concatenate[FuseOperations, P], Coroutine[Any, Any, T]]:
-    """Let nothing but FUSEError (and trio's Cancelled, a BaseException) leave a handler: anything else ends the mount."""
+    """Let nothing but FUSEError leave a handler, and trio's Cancelled, a BaseException: else the mount would end."""
 
     @functools.wraps(handler)
     async def guarded(self: FuseOperations, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -74,7 +75,7 @@ def _answered(
         except Exception as e:  # noqa: BLE001 - see the docstring
             raise pyfuse3.FUSEError(errno_of(e)) from None
 
-    return guarded
+    return guarded  # type: ignore[return-value]  # wraps() says the same with names for its arguments
 
 
 class FuseOperations(pyfuse3.Operations):
@@ -110,31 +111,38 @@ class FuseOperations(pyfuse3.Operations):
 
     @_answered
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        """LOOKUP."""
         return self._entry(await self._filesystem.lookup(parent_inode, name))
 
     @_answered
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        """GETATTR."""
         return self._entry(await self._filesystem.getattr(inode))
 
     @_answered
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        """READLINK."""
         return await self._filesystem.readlink(inode)
 
-    async def forget(self, inode_list: list[tuple[int, int]]) -> None:
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """FORGET, single or in a batch."""
         for inode, lookups in inode_list:
             self._filesystem.forget(inode, lookups)
 
     @_answered
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        """OPEN; the channel makes the handle."""
         opened = await self._filesystem.open(inode, flags)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(0), keep_cache=opened.keep_cache, direct_io=opened.direct)
 
     @_answered
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        """OPENDIR; what it gives is read by the channel: whether the listing the kernel has cached is still true."""
         return int(await self._filesystem.opendir(inode))
 
     @_answered
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """READDIRPLUS; `fh` is the inode number, which the channel made the handle."""
         for entry in await self._filesystem.readdir(fh, start_id):
             if not pyfuse3.readdir_reply(token, entry.name, self._entry(entry.attributes), entry.cookie):
                 return
@@ -145,18 +153,22 @@ class FuseOperations(pyfuse3.Operations):
 
     @_answered
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """STATFS."""
         source = await self._filesystem.statfs()
         reply = pyfuse3.StatvfsData()
-        for field in "f_bsize f_frsize f_blocks f_bfree f_bavail f_files f_ffree f_favail f_namemax".split():
+        for field in _STATVFS:
             setattr(reply, field, getattr(source, field))
+        reply.f_namemax = source.f_namemax
         return reply
 
     @_answered
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        """GETXATTR."""
         return await self._filesystem.getxattr(inode, name)
 
     @_answered
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        """LISTXATTR."""
         return await self._filesystem.listxattr(inode)
 
     async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:

@@ -11,15 +11,24 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from weightfs.errors import EntryError, FormatError, ShortReadError, StaleError
-from weightfs.formats import encode_name, format_of, group_shards, merge_shards, npy_header, parse_header, parse_weight_map
+from weightfs.formats import (
+    encode_name,
+    format_of,
+    group_shards,
+    merge_shards,
+    npy_header,
+    parse_header,
+    parse_weight_map,
+)
 from weightfs.formats.layout import WeightLayout
 from weightfs.index.schema import FileRecord
 from weightfs.index.store import IndexStore
+from weightfs.model import read_exactly
 from weightfs.source.base import Source, SourceStat
 
 log = logging.getLogger(__name__)
@@ -28,6 +37,7 @@ _SETTLED_NS: Final = 2_000_000_000
 """A file changed less than this ago may change again without its times showing it: remembered in memory only."""
 _MAX_RUNS: Final = 4096  # parsed files kept in memory
 _MAX_SETS: Final = 256
+_RECENT_S: Final = 1.0
 _MAX_WEIGHT_MAP_BYTES: Final = 64 << 20
 
 
@@ -76,6 +86,7 @@ class Library:
         self._bases: list[int] = []  # sorted; parallel to _by_base's keys
         self._by_base: dict[int, bytes] = {}
         self._sets: OrderedDict[tuple[object, ...], ViewSet | None] = OrderedDict()
+        self._recent: OrderedDict[tuple[bytes, str], tuple[float, ViewSet]] = OrderedDict()
         self.headers_parsed = 0
         self.faults: dict[bytes, FormatError] = {}
 
@@ -120,7 +131,7 @@ class Library:
                 raise StaleError("changed while its header was read", path=os.fsdecode(path))
             self.headers_parsed += 1
             try:
-                layout = parse_header(name, opened.size, _reader(fd))
+                layout = parse_header(name, opened.size, read_exactly(fd))
             except FormatError as e:
                 e.path = os.fsdecode(path)
                 log.debug("no tensor views: %s", e)
@@ -184,7 +195,7 @@ class Library:
         Raises:
             OSError: the source failed.
         """
-        names = [raw for raw, _ in self._source.list(folder)]
+        names = self._source.names(folder)
         files = self.sets(names).get(name)
         if files is None:
             return None
@@ -202,16 +213,32 @@ class Library:
         weight_map = self._weight_map_file(folder, name, files, names)
         key = (folder, name, weight_map and weight_map[1].identity, *(entry.identity for _, _, entry in located))
         with self._lock:
-            if key in self._sets:
+            known = key in self._sets
+            if known:
                 self._sets.move_to_end(key)
-                return self._sets[key]
-        found, settled = self._merge(name, located, weight_map)
-        if settled:
-            with self._lock:
+                found, settled = self._sets[key], True
+        if not known:
+            found, settled = self._merge(name, located, weight_map)
+        with self._lock:
+            if settled:
                 self._sets[key] = found
-                if len(self._sets) > _MAX_SETS:
-                    self._sets.popitem(last=False)
+            if found is not None:
+                self._recent[folder, name] = (time.monotonic() + _RECENT_S, found)
+                self._recent.move_to_end((folder, name))
+            while len(self._sets) > _MAX_SETS:
+                self._sets.popitem(last=False)
+            while len(self._recent) > _MAX_SETS:
+                self._recent.popitem(last=False)
         return found
+
+    def recent_view_set(self, folder: bytes, name: str) -> ViewSet | None:
+        """A set that was found to be current within the last second. Never waits.
+
+        Walking a set's tensors would else examine all its shards for each one. Each view still compares its own file.
+        """
+        with self._lock:
+            expires, found = self._recent.get((folder, name), (0.0, None))
+        return found if time.monotonic() < expires else None
 
     def _merge(
         self,
@@ -267,25 +294,10 @@ class Library:
         try:
             if opened.identity != entry.identity:
                 raise StaleError("changed while it was read", path=os.fsdecode(path))
-            return parse_weight_map(_reader(fd)(0, entry.size))
+            return parse_weight_map(read_exactly(fd)(0, entry.size))
         finally:
             os.close(fd)
 
 
 def _holds(record: FileRecord, inode: int) -> bool:
     return bool(record.base) and record.base <= inode < record.base + 2 * len(record.tensors)
-
-
-def _reader(fd: int) -> Callable[[int, int], bytes]:
-    def read(offset: int, length: int) -> bytes:
-        parts = []
-        while length:
-            part = os.pread(fd, length, offset)
-            if not part:
-                raise ShortReadError(f"ends at byte {offset}, {length} bytes early")
-            parts.append(part)
-            offset += len(part)
-            length -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    return read

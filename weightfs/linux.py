@@ -24,6 +24,9 @@ RESOLVE_BENEATH: Final = 0x08
 RESOLVE_CACHED: Final = 0x20
 """Answer from the kernel's name cache or fail with EAGAIN: never waits for a device (Linux 5.12)."""
 
+CAP_IPC_LOCK: Final = 14
+CAP_SYS_ADMIN: Final = 21
+
 _SYS_OPENAT2: Final = 437
 _AT_EMPTY_PATH: Final = 0x1000
 _STATX_BASIC_AND_BTIME: Final = 0x0FFF
@@ -55,7 +58,7 @@ def openat2(dir_fd: int, path: bytes, flags: int, resolve: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Statx:
-    """What statx(2) says of an inode. Times are nanoseconds since 1970; `btime_ns` is 0 where the filesystem has none."""
+    """What statx(2) says of an inode. Times in nanoseconds since 1970; `btime_ns` is 0 where there is none."""
 
     mode: int
     nlink: int
@@ -126,3 +129,10 @@ def umount(target: str, flags: int = 0) -> None:
     """umount2(2)."""
     if _libc.umount2(os.fsencode(target), flags):
         raise _failed(target)
+
+
+def has_capability(number: int) -> bool:
+    """Whether this process has a capability in its effective set."""
+    with open("/proc/self/status") as status:
+        effective = next(line for line in status if line.startswith("CapEff:"))
+    return bool(int(effective.split()[1], 16) >> number & 1)

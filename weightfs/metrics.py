@@ -25,16 +25,22 @@ class _Collector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         status = self._status()
-        info = GaugeMetricFamily("weightfs_mount_info", "One mount, always 1", labels=["mountpoint", "source", "engine"])
+        info = GaugeMetricFamily(
+            "weightfs_mount_info", "One mount, always 1", labels=["mountpoint", "source", "engine"]
+        )
         info.add_metric([status["mountpoint"], status["source"], status["engine"]], 1)
         yield info
         yield GaugeMetricFamily("weightfs_uptime_seconds", "Since the daemon started", status["uptime_s"])
         yield GaugeMetricFamily("weightfs_open_inodes", "Files open through the mount", status["open_inodes"])
-        yield GaugeMetricFamily("weightfs_header_faults", "Weight files whose header has a fault", len(status["faults"]))
+        yield GaugeMetricFamily(
+            "weightfs_header_faults", "Weight files whose header has a fault", len(status["faults"])
+        )
         yield CounterMetricFamily("weightfs_opens", "Files opened", status["opens"])
         yield CounterMetricFamily("weightfs_headers_parsed", "Headers not found in the index", status["headers_parsed"])
         yield CounterMetricFamily("weightfs_read_bytes", "Bytes read through user space", status["bytes_read"])
-        yield CounterMetricFamily("weightfs_requests_expired", "Requests past their deadline", status["requests_expired"])
+        yield CounterMetricFamily(
+            "weightfs_requests_expired", "Requests past their deadline", status["requests_expired"]
+        )
         requests = CounterMetricFamily("weightfs_requests", "Requests that reached user space", labels=["operation"])
         for operation, count in status["requests"].items():
             requests.add_metric([operation], count)

@@ -17,7 +17,6 @@ from weightfs import linux
 from weightfs.errors import BusyError, UnfitError, UsageError, WeightfsError
 
 FSTYPE: Final = "fuse.weightfs"
-_CAP_SYS_ADMIN: Final = 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +46,8 @@ def find(mountpoint: str) -> Mounted | None:
 
 
 def is_privileged() -> bool:
-    """Whether this process has CAP_SYS_ADMIN."""
-    with open("/proc/self/status") as status:
-        effective = next(line for line in status if line.startswith("CapEff:"))
-    return bool(int(effective.split()[1], 16) >> _CAP_SYS_ADMIN & 1)
+    """Whether this process may mount and use passthrough."""
+    return linux.has_capability(linux.CAP_SYS_ADMIN)
 
 
 def clear_stale(mountpoint: str) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, Final
 import pyfuse3
 import trio
 
-from weightfs import linux, metrics, mounts
+from weightfs import metrics, mounts
 from weightfs.channel import Channel, ChannelConfig
 from weightfs.config import MountConfig, listen_address
 from weightfs.errors import UnfitError, WeightfsError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from weightfs.cli import mounting
+from weightfs.cli import demo, inspecting, mounting
 
 app = typer.Typer(
     name="weightfs",
@@ -16,6 +16,10 @@ app = typer.Typer(
 app.command()(mounting.mount)
 app.command()(mounting.umount)
 app.command()(mounting.status)
+app.command()(inspecting.ls)
+app.command()(inspecting.verify)
+app.command()(inspecting.doctor)
+app.command()(demo.demo)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import select
 import subprocess
 import sys
 import time
-from typing import Annotated, Any, Final, Optional
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -30,14 +30,14 @@ def mount(
     source: Annotated[str, typer.Argument(help="Folder that holds the models.")],
     mountpoint: Annotated[str, typer.Argument(help="Existing folder to show them at.")],
     foreground: Annotated[bool, typer.Option("--foreground", help="Serve in this process.")] = False,
-    engine: Annotated[Optional[str], typer.Option(help="auto, passthrough or portable.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, passthrough or portable.")] = None,
     allow_other: Annotated[
-        Optional[bool], typer.Option("--allow-other/--no-allow-other", help="Other users too (root: yes).")
+        bool | None, typer.Option("--allow-other/--no-allow-other", help="Other users too (root: yes).")
     ] = None,
-    state_dir: Annotated[Optional[str], typer.Option(help="Folder for index and log.")] = None,
-    metrics_listen: Annotated[Optional[str], typer.Option(help="HOST:PORT for Prometheus.")] = None,
-    config: Annotated[Optional[str], typer.Option(help="TOML file with the same names.")] = None,
-    log_level: Annotated[Optional[str], typer.Option(help="debug, info, warning or error.")] = None,
+    state_dir: Annotated[str | None, typer.Option(help="Folder for index and log.")] = None,
+    metrics_listen: Annotated[str | None, typer.Option(help="HOST:PORT for Prometheus.")] = None,
+    config: Annotated[str | None, typer.Option(help="TOML file with the same names.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show SOURCE at MOUNTPOINT; returns once it answers.
@@ -72,7 +72,7 @@ def _announce(document: dict[str, Any], as_json: bool) -> None:
 
 def serve_here(settings: MountConfig, mounted: Any, log_file: str | None = None) -> None:
     """Serve in this process until it ends."""
-    from weightfs.service import serve  # noqa: PLC0415 - pyfuse3 takes 50 ms that no other command needs
+    from weightfs.service import serve
 
     logging.basicConfig(
         filename=log_file,
@@ -111,7 +111,9 @@ def start(settings: MountConfig) -> dict[str, Any]:
             daemon.terminate()
             raise BusyError(f"did not serve within {_START_S:g} s", path=settings.mountpoint)
         if not said:
-            raise WeightfsError(f"the daemon ended with status {daemon.wait()} before it served", mend=_log_hint(settings))
+            raise WeightfsError(
+                f"the daemon ended with status {daemon.wait()} before it served", mend=_log_hint(settings)
+            )
         answer: dict[str, Any] = json.loads(said)
         if "error" in answer:
             daemon.wait()
@@ -160,20 +162,20 @@ def umount(
         here = _find(mountpoint)
         pid = (_status_of(here) or {}).get("daemon_pid")
         mounts.unmount(here.mountpoint, lazy=lazy)
-        if pid is not None and not lazy:
-            _wait_for_end(pid, here.mountpoint)
+        if pid is not None and not lazy and not end(pid):
+            raise BusyError(f"is unmounted, but its daemon {pid} has not ended yet", path=here.mountpoint)
         if as_json:
             emit({"mountpoint": here.mountpoint, "lazy": lazy})
 
 
-def _wait_for_end(pid: int, mountpoint: str) -> None:
+def end(pid: int) -> bool:
+    """Wait until a daemon whose mount is gone has ended; False when that takes too long."""
     try:
         daemon = os.pidfd_open(pid)
     except ProcessLookupError:
-        return
+        return True
     with open(daemon, "rb", buffering=0) as handle:
-        if not select.select([handle], [], [], _END_S)[0]:
-            raise BusyError(f"is unmounted, but its daemon {pid} has not ended yet", path=mountpoint)
+        return bool(select.select([handle], [], [], _END_S)[0])
 
 
 def _find(mountpoint: str) -> mounts.Mounted:
@@ -188,7 +190,7 @@ def _find(mountpoint: str) -> mounts.Mounted:
 
 
 def _status_of(here: mounts.Mounted) -> dict[str, Any] | None:
-    """What a mount says of itself; None when it does not answer. A child asks, since a dead mount may hold its asker."""
+    """What a mount says of itself; None when it does not answer. A child asks: a dead mount may hold its asker."""
     asker = subprocess.Popen(
         ["cat", os.path.join(here.mountpoint, ".weightfs", "status.json")],
         stdin=subprocess.DEVNULL,
@@ -204,7 +206,7 @@ def _status_of(here: mounts.Mounted) -> dict[str, Any] | None:
 
 
 def status(
-    mountpoint: Annotated[Optional[str], typer.Argument(help="One mount; all when left out.")] = None,
+    mountpoint: Annotated[str | None, typer.Argument(help="One mount; all when left out.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what mounts do: engine, uptime, models, bytes by path, faults.
@@ -235,7 +237,9 @@ def _show(said: dict[str, Any]) -> None:
         say("  does not answer")
         return
     say(f"  engine     {said['engine']} ({said['reason']}), pid {said['daemon_pid']}, up {said['uptime_s']:.0f} s")
-    say(f"  weights    {said['models']} files in memory, {said['headers_parsed']} headers parsed, {said['opens']} opens")
+    say(
+        f"  weights    {said['models']} files in memory, {said['headers_parsed']} headers parsed, {said['opens']} opens"
+    )
     say(f"  bytes      {human_bytes(said['bytes_read'])} through user space; the rest the kernel read by itself")
     for why, count in said["passthrough_refused"].items():
         say(f"  refused    passthrough for {count} opens: {why}")

@@ -97,7 +97,9 @@ class IndexStore:
             self._open(epoch_after)
         except OSError as e:
             raise IndexStoreError(
-                f"can't keep an index: {os.strerror(e.errno or 0)}", path=folder, mend="--state-dir names another folder"
+                f"can't keep an index: {os.strerror(e.errno or 0)}",
+                path=folder,
+                mend="--state-dir names another folder",
             ) from e
         self._writer = threading.Thread(target=self._write, name="index-writer", daemon=True)
         self._writer.start()
@@ -138,7 +140,13 @@ class IndexStore:
         size = os.path.getsize(self._path) if os.path.exists(self._path) else 0
         map_bytes = max(_FIRST_MAP_BYTES, 2 * size)
         self._env = lmdb.open(
-            self._path, subdir=False, map_size=map_bytes, max_dbs=len(_ROOMS), mode=0o600, readahead=False, max_readers=512
+            self._path,
+            subdir=False,
+            map_size=map_bytes,
+            max_dbs=len(_ROOMS),
+            mode=0o600,
+            readahead=False,
+            max_readers=512,
         )
         try:
             self._rooms = {room: self._env.open_db(room) for room in _ROOMS}
@@ -337,9 +345,7 @@ class IndexStore:
             for entry, value in group.items():
                 if self._overlay.get(entry) is value:
                     del self._overlay[entry]
-            self._pending_bases = sorted(
-                int.from_bytes(key, "big") for room, key in self._overlay if room == b"bases"
-            )
+            self._pending_bases = sorted(int.from_bytes(key, "big") for room, key in self._overlay if room == b"bases")
 
     def _grow(self) -> None:
         with self._lock:  # set_mapsize wants no transaction open in this process: all of ours hold this lock

@@ -69,7 +69,7 @@ class SourceStat:
 
 
 class WouldBlockError(Exception):
-    """`cached_only` was asked for and the answer is not in the kernel's caches; ask again from a thread that may wait."""
+    """`cached_only` was asked for, and no cache holds the answer: ask again where waiting is allowed."""
 
 
 class Source(Protocol):
@@ -86,7 +86,10 @@ class Source(Protocol):
     def lstat(self, path: bytes, *, cached_only: bool = False) -> SourceStat:
         """One entry."""
 
-    def list(self, path: bytes) -> list[tuple[bytes, SourceStat]]:
+    def names(self, path: bytes) -> list[bytes]:
+        """The names in a directory, without `.` and `..`."""
+
+    def entries(self, path: bytes) -> list[tuple[bytes, SourceStat]]:
         """The entries of a directory, without `.` and `..`; one that vanishes meanwhile is left out."""
 
     def open(self, path: bytes, *, cached_only: bool = False) -> tuple[int, SourceStat]:

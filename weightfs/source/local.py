@@ -75,10 +75,18 @@ class LocalSource:
         finally:
             os.close(fd)
 
-    def list(self, path: bytes) -> list[tuple[bytes, SourceStat]]:
+    def names(self, path: bytes) -> list[bytes]:
         """See `Source`."""
         fd = self._resolve(path, os.O_RDONLY | os.O_DIRECTORY, False)
-        entries = []
+        try:
+            return [os.fsencode(name) for name in os.listdir(fd)]
+        finally:
+            os.close(fd)
+
+    def entries(self, path: bytes) -> list[tuple[bytes, SourceStat]]:
+        """See `Source`."""
+        fd = self._resolve(path, os.O_RDONLY | os.O_DIRECTORY, False)
+        found = []
         try:
             for name in os.listdir(fd):
                 raw = os.fsencode(name)
@@ -87,12 +95,12 @@ class LocalSource:
                 except FileNotFoundError:
                     continue
                 try:
-                    entries.append((raw, self.fstat(child)))
+                    found.append((raw, self.fstat(child)))
                 finally:
                     os.close(child)
         finally:
             os.close(fd)
-        return entries
+        return found
 
     def open(self, path: bytes, *, cached_only: bool = False) -> tuple[int, SourceStat]:
         """See `Source`."""

@@ -1,0 +1,33 @@
+"""What every test may use, and what no test may leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.helpers.mounting import Mounter, detach, mounts_below
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_left_mounted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    base = str(tmp_path_factory.getbasetemp())
+    yield
+    left = mounts_below(base)
+    for mountpoint in set(left):
+        detach(mountpoint)
+    assert not left, "tests left these mounted"
+
+
+@pytest.fixture
+def mounter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounter]:
+    """Makes mounts that end with the test."""
+    with Mounter(str(tmp_path_factory.mktemp("mounts"))) as mounts:
+        yield mounts
+
+
+@pytest.fixture(scope="module")
+def module_mounter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounter]:
+    """Makes mounts that end with the module, for tests that only read."""
+    with Mounter(str(tmp_path_factory.mktemp("mounts"))) as mounts:
+        yield mounts
