@@ -7,7 +7,10 @@ the kernel. Requests and replies pass through here as they are, with these excep
     OPEN            makes its `unique` the handle; the reply gets a backing id where the kernel may read by itself
     READ            answered here, by threads that hold no GIL while they wait or copy
     RELEASE, FLUSH  answered here: they concern handles only
-    OPENDIR reply   lets the kernel cache listings
+    OPENDIR         answered ENOSYS here: the kernel then opens folders by itself and caches their listings for as long
+                    as their mtime stays the same
+    READDIRPLUS     carries the inode number as its handle, since folders are never opened; the last one, to which the
+                    answer is that there is no more, is answered here
     INTERRUPT       dropped: nothing here can be interrupted, and libfuse would never find a READ's request
 
 Every request has a deadline: one that is not answered by then is answered EIO, and its late reply is dropped.
@@ -51,6 +54,7 @@ _PAIR_BYTES: Final = 4 << 20
 _SO_SNDBUFFORCE: Final = 32
 _SO_RCVBUFFORCE: Final = 33
 _NO_REPLY: Final = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET})
+_NOT_WANTED: Final = frozenset({Opcode.FLUSH, Opcode.OPENDIR})
 _TICK_S: Final = 0.25
 
 
@@ -87,6 +91,7 @@ class Channel:
     Args:
         kernel_fd: /dev/fuse, mounted, non-blocking; stays the caller's.
         handles: OPEN adds to it, RELEASE discards from it.
+        listing_end: the cookie behind which a folder's listing, as last given, has no more entries; None if not known.
         reopen: attaches what serves an inode whose handle is known to the kernel but not to this process.
         errno_of: the errno for an exception; the table belongs to the FUSE adapter.
 
@@ -104,6 +109,7 @@ class Channel:
         self,
         kernel_fd: int,
         handles: HandleTable,
+        listing_end: Callable[[int], int | None],
         reopen: Callable[[int], Awaitable[object]],
         errno_of: Callable[[BaseException], int],
         config: ChannelConfig,
@@ -111,6 +117,7 @@ class Channel:
         self._kernel = kernel_fd
         self._handles = handles
         handles.closing = self._close_backing
+        self._listing_end = listing_end
         self._reopen = reopen
         self._errno_of = errno_of
         self._config = config
@@ -189,10 +196,16 @@ class Channel:
                 (handle,) = struct.unpack_from("<Q", buffer, wire.IN_HEADER_BYTES)
                 self._handles.discard(nodeid, handle)
                 self._reply_error(unique, 0)
-            elif opcode == Opcode.FLUSH:
+            elif opcode in _NOT_WANTED:
                 self._reply_error(unique, errno.ENOSYS)  # which tells the kernel not to send any more
+            elif opcode == Opcode.READDIRPLUS and self._is_at_end(nodeid, buffer):
+                self._write([wire.OUT_HEADER.pack(wire.OUT_HEADER_BYTES, 0, unique)])
             elif opcode != Opcode.INTERRUPT:
                 await self._forward(opcode, unique, nodeid, buffer, view[:size])
+
+    def _is_at_end(self, nodeid: int, buffer: bytearray) -> bool:
+        _, cookie, _ = wire.READ_IN.unpack_from(buffer, wire.IN_HEADER_BYTES)
+        return cookie != 0 and cookie == self._listing_end(nodeid)
 
     async def _forward(self, opcode: int, unique: int, nodeid: int, buffer: bytearray, message: memoryview) -> None:
         if opcode not in _NO_REPLY:
@@ -202,6 +215,8 @@ class Channel:
             self._pending[unique] = _Pending(opcode, nodeid, reserved, expires)
         if opcode == Opcode.OPEN:
             self._handles.add(nodeid, unique)
+        elif opcode in (Opcode.READDIR, Opcode.READDIRPLUS):
+            struct.pack_into("<Q", buffer, wire.IN_HEADER_BYTES, nodeid)
         elif opcode == Opcode.INIT:
             flags, flags2 = struct.unpack_from("<I", buffer, wire.INIT_IN_FLAGS_AT)[0], 0
             if flags & wire.FUSE_INIT_EXT:
@@ -293,8 +308,6 @@ class Channel:
                     self._handles.discard(pending.nodeid, unique)
                 else:
                     self._patch_open(buffer, unique, pending.nodeid)
-            elif pending.opcode == Opcode.OPENDIR and not error:
-                self._patch_opendir(buffer, pending.nodeid)
             elif pending.opcode == Opcode.INIT and not error:
                 self._patch_init(buffer)
             delivered = self._write([view[:size]])
@@ -338,12 +351,6 @@ class Channel:
         if entry is not None:
             entry.settled = True
         wire.OPEN_OUT.pack_into(buffer, wire.OUT_HEADER_BYTES, unique, flags, backing_id)
-
-    def _patch_opendir(self, buffer: bytearray, nodeid: int) -> None:
-        """The adapter says in `fh` whether the cached listing is still true; the handle is the number itself."""
-        unchanged, flags, _ = wire.OPEN_OUT.unpack_from(buffer, wire.OUT_HEADER_BYTES)
-        flags |= wire.FOPEN_CACHE_DIR | (wire.FOPEN_KEEP_CACHE if unchanged else 0)
-        wire.OPEN_OUT.pack_into(buffer, wire.OUT_HEADER_BYTES, nodeid, flags, 0)
 
     def _open_backing(self, fd: int) -> int | None:
         try:

@@ -10,8 +10,10 @@ The namespace is the source's, and three names that answer look-ups but are neve
 
 from __future__ import annotations
 
+import bisect
 import errno
 import hashlib
+import itertools
 import logging
 import os
 import stat
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, ParamSpec, TypeVar
 
+import msgspec
 import trio
 
 from weightfs.errors import (
@@ -57,8 +60,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Attributes:
+class Attributes(msgspec.Struct, frozen=True):
     """One inode as stat(2) shows it; times in nanoseconds since 1970, `blocks` in units of 512 bytes."""
 
     inode: int
@@ -88,8 +90,7 @@ class Opened:
     direct: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class DirectoryEntry:
+class DirectoryEntry(msgspec.Struct, frozen=True):
     """One row of a listing; `cookie` depends on the name alone, so a listing can go on after a restart."""
 
     name: bytes
@@ -135,7 +136,7 @@ class Filesystem:
         self._limiter = trio.CapacityLimiter(config.threads)
         self.library = Library(source, index)
         self._tree = Tree(index, source.lstat(b"").inode_key)
-        self._listings: OrderedDict[int, tuple[bytes, list[DirectoryEntry]]] = OrderedDict()
+        self._listings: OrderedDict[int, list[DirectoryEntry]] = OrderedDict()
         self._cached_identity: OrderedDict[int, bytes] = OrderedDict()
         self.opens = 0
 
@@ -311,19 +312,6 @@ class Filesystem:
 
     # Listings
 
-    async def opendir(self, inode: int) -> bool:
-        """Prepare a listing; gives whether the one the kernel may have cached is still true."""
-        node = self._source_node(inode)
-        if node is None:
-            raise NotADirectoryEntryError("is no folder")
-        if node.kind is not Kind.SOURCE:
-            self._listings.pop(inode, None)
-            return False
-        entry = await self._lstat(self._tree.path(node))
-        if not entry.is_directory:
-            raise NotADirectoryEntryError("is no folder")
-        return self._is_cached(inode, entry.identity)
-
     def _is_cached(self, inode: int, identity: bytes) -> bool:
         """Whether what the kernel cached of an inode, at its last open, was of this identity; notes it."""
         same = self._cached_identity.get(inode) == identity
@@ -334,15 +322,26 @@ class Filesystem:
         return same
 
     async def readdir(self, inode: int, after: int) -> Iterator[DirectoryEntry]:
-        """The entries behind a cookie (0: all), in the order of their cookies, without `.` and `..`."""
-        node = self._node(inode)
+        """The entries behind a cookie (0: all), in the order of their cookies, without `.` and `..`.
+
+        Raises:
+            NotADirectoryEntryError, StaleError, DeadlineError, OSError.
+        """
+        node = self._source_node(inode)
+        if node is None:
+            raise NotADirectoryEntryError("is no folder")
         if after == 0 or inode not in self._listings:
-            self._listings[inode] = (b"", await self._list(node))
+            self._listings[inode] = await self._list(node)
             self._listings.move_to_end(inode)
             if len(self._listings) > _MAX_LISTINGS:
                 self._listings.popitem(last=False)
-        entries = self._listings[inode][1]
-        return (entry for entry in entries if entry.cookie > after)
+        entries = self._listings[inode]
+        return itertools.islice(entries, bisect.bisect_right(entries, after, key=_cookie_of), None)
+
+    def listing_end(self, inode: int) -> int | None:
+        """The cookie of the last entry of a folder's listing, if that is at hand and not empty."""
+        entries = self._listings.get(inode)
+        return entries[-1].cookie if entries else None
 
     def listed(self, entry: DirectoryEntry) -> None:
         """The kernel took an entry of a listing, and with it counts a look-up."""
@@ -372,7 +371,7 @@ class Filesystem:
                 child = self._tree.see_virtual(Kind.STATE, node.inode, name)
                 rows.append((name, await self._folder_attributes(child)))
         entries = [DirectoryEntry(name, attributes, _cookie(name)) for name, attributes in rows]
-        return sorted(entries, key=lambda entry: entry.cookie)
+        return sorted(entries, key=_cookie_of)
 
     def _set_names(self, folder: bytes, root: bytes) -> list[str]:
         return [
@@ -581,6 +580,10 @@ def _view_xattrs(parsed: ParsedFile, position: int) -> dict[bytes, bytes]:
         "file": os.fsdecode(os.path.basename(parsed.path)),
     }
     return {_XATTR + key.encode(): os.fsencode(value) for key, value in values.items()}
+
+
+def _cookie_of(entry: DirectoryEntry) -> int:
+    return entry.cookie
 
 
 def _cookie(name: bytes) -> int:

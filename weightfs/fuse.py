@@ -79,7 +79,7 @@ def _answered(
 
 
 class FuseOperations(pyfuse3.Operations):
-    """The adapter. READ, RELEASE and FLUSH never come here: the channel answers them."""
+    """The adapter. READ, RELEASE, FLUSH and OPENDIR never come here: the channel answers them."""
 
     supports_dot_lookup = False
     enable_writeback_cache = False
@@ -136,20 +136,12 @@ class FuseOperations(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(0), keep_cache=opened.keep_cache, direct_io=opened.direct)
 
     @_answered
-    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
-        """OPENDIR; what it gives is read by the channel: whether the listing the kernel has cached is still true."""
-        return int(await self._filesystem.opendir(inode))
-
-    @_answered
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        """READDIRPLUS; `fh` is the inode number, which the channel made the handle."""
+        """READDIRPLUS; `fh` is the inode number, which the channel put there."""
         for entry in await self._filesystem.readdir(fh, start_id):
             if not pyfuse3.readdir_reply(token, entry.name, self._entry(entry.attributes), entry.cookie):
                 return
             self._filesystem.listed(entry)
-
-    async def releasedir(self, fh: int) -> None:
-        """Listings belong to inodes, not to handles: nothing to give back."""
 
     @_answered
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:

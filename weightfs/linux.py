@@ -10,8 +10,7 @@ import ctypes
 import fcntl
 import os
 import struct
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 MS_RDONLY: Final = 1
 MS_NOSUID: Final = 2
@@ -28,10 +27,11 @@ CAP_IPC_LOCK: Final = 14
 CAP_SYS_ADMIN: Final = 21
 
 _SYS_OPENAT2: Final = 437
-_AT_EMPTY_PATH: Final = 0x1000
+_STATX_FLAGS: Final = 0x1000 | 0x100 | 0x800  # AT_EMPTY_PATH, AT_SYMLINK_NOFOLLOW, AT_NO_AUTOMOUNT
+_STATX_BYTES: Final = 256
 _STATX_BASIC_AND_BTIME: Final = 0x0FFF
 _FS_IOC_GETFSUUID: Final = 0x80111500
-_STATX = struct.Struct("<IIQIIIH2xQQQQ qI4x qI4x qI4x qI4x IIII")
+_STATX = struct.Struct("<4xI8xIIIH2xQQQ8xqI4xqI4xqI4xqI4xIIII")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p]
@@ -56,49 +56,40 @@ def openat2(dir_fd: int, path: bytes, flags: int, resolve: int) -> int:
     return fd
 
 
-@dataclass(frozen=True, slots=True)
-class Statx:
-    """What statx(2) says of an inode. Times in nanoseconds since 1970; `btime_ns` is 0 where there is none."""
+class Statx(NamedTuple):
+    """What statx(2) says of an inode, as far as it is of use here.
 
-    mode: int
+    `btime_s` and `btime_ns` are 0 where the filesystem knows no birth time. Devices come as major and minor.
+    """
+
+    block_bytes: int
     nlink: int
     uid: int
     gid: int
+    mode: int
     inode: int
     size: int
     blocks: int
-    block_bytes: int
+    atime_s: int
     atime_ns: int
+    btime_s: int
     btime_ns: int
+    ctime_s: int
     ctime_ns: int
+    mtime_s: int
     mtime_ns: int
-    rdev: int
-    device: int
+    rdev_major: int
+    rdev_minor: int
+    device_major: int
+    device_minor: int
 
 
-def fstatx(fd: int) -> Statx:
-    """statx(2) of an open descriptor, `O_PATH` ones included."""
-    buffer = ctypes.create_string_buffer(256)
-    if _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_BASIC_AND_BTIME, buffer):
-        raise _failed()
-    (_, block_bytes, _, nlink, uid, gid, mode, inode, size, blocks, _, a_s, a_ns, b_s, b_ns, c_s, c_ns, m_s, m_ns,
-     rdev_major, rdev_minor, dev_major, dev_minor) = _STATX.unpack_from(buffer)  # fmt: skip
-    return Statx(
-        mode=mode,
-        nlink=nlink,
-        uid=uid,
-        gid=gid,
-        inode=inode,
-        size=size,
-        blocks=blocks,
-        block_bytes=block_bytes,
-        atime_ns=a_s * 1_000_000_000 + a_ns,
-        btime_ns=b_s * 1_000_000_000 + b_ns,
-        ctime_ns=c_s * 1_000_000_000 + c_ns,
-        mtime_ns=m_s * 1_000_000_000 + m_ns,
-        rdev=os.makedev(rdev_major, rdev_minor),
-        device=os.makedev(dev_major, dev_minor),
-    )
+def statx(dir_fd: int, name: bytes) -> Statx:
+    """statx(2) of an entry of an open folder, or (empty name) of the descriptor itself; follows no symlink."""
+    buffer = ctypes.create_string_buffer(_STATX_BYTES)
+    if _libc.statx(dir_fd, name, _STATX_FLAGS, _STATX_BASIC_AND_BTIME, buffer):
+        raise _failed(name)
+    return Statx._make(_STATX.unpack_from(buffer))
 
 
 def filesystem_uuid(fd: int) -> bytes | None:

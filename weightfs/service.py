@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -79,6 +80,7 @@ class Service:
         self._channel = channel = Channel(
             kernel_fd,
             self._handles,
+            self._filesystem.listing_end,
             lambda nodeid: self._filesystem.open(nodeid, os.O_RDONLY),
             errno_of,
             ChannelConfig(
@@ -214,6 +216,8 @@ def serve(config: MountConfig, mounted: Callable[[dict[str, Any]], None]) -> Non
         WeightfsError: it could not be mounted.
     """
     os.umask(0o077)
+    # At the default of 5 ms a thread that computes makes every reply wait that long for the interpreter.
+    sys.setswitchinterval(0.0005)
     service = Service(config)
 
     async def main() -> None:

@@ -50,23 +50,22 @@ class Tree:
 
     def see(self, kind: Kind, parent: int, name: bytes, key: bytes) -> Node:
         """The node of an entry just seen as `name` in `parent`; made, and its number given out, if it is new."""
-        known = self._numbers.get(key)
-        if known is None and (recorded := self._index.number_of(key)) is not None:
-            known = recorded
-        inode = known if known is not None else self._index.take()
-        if known is None:
+        inode = self._numbers.get(key)
+        if inode is not None:
+            node = self._nodes[inode]
+            if inode != ROOT_INODE and (node.parent != parent or node.name != name):
+                node.parent, node.name = parent, name
+                self._index.put_entry(inode, EntryRecord(kind, parent, name, key))
+            return node
+        record = EntryRecord(kind, parent, name, key)
+        inode = self._index.number_of(key)
+        if inode is None:
+            inode = self._index.take()
             self._index.put_number(key, inode)
-        node = self._nodes.get(inode)
-        if node is None:
-            node = Node(inode, kind, parent, name, key)
-            self._nodes[inode] = node
-            self._numbers[key] = inode
-            if self._index.entry(inode) != (record := EntryRecord(kind, parent, name, key)):
-                self._index.put_entry(inode, record)
-        elif inode != ROOT_INODE and (node.parent != parent or node.name != name):
-            node.parent, node.name = parent, name
-            self._index.put_entry(inode, EntryRecord(kind, parent, name, key))
-        return node
+            self._index.put_entry(inode, record)
+        elif self._index.entry(inode) != record:
+            self._index.put_entry(inode, record)
+        return self._remember(Node(inode, kind, parent, name, key))
 
     def see_virtual(self, kind: Kind, parent: int, name: bytes) -> Node:
         """As `see`, for an entry that exists only on the mount."""
@@ -84,9 +83,12 @@ class Tree:
             record = self._index.entry(inode)
             if record is None:
                 raise StaleError(f"inode {inode:#x} is not known")
-            node = Node(inode, record.kind, record.parent, record.name, record.key)
-            self._nodes[inode] = node
-            self._numbers[record.key] = inode
+            node = self._remember(Node(inode, record.kind, record.parent, record.name, record.key))
+        return node
+
+    def _remember(self, node: Node) -> Node:
+        self._nodes[node.inode] = node
+        self._numbers[node.key] = node.inode
         return node
 
     def path(self, node: Node) -> bytes:

@@ -51,7 +51,6 @@ OPEN_OUT: Final = struct.Struct("<QIi")
 """fh, open_flags, backing_id."""
 
 FOPEN_KEEP_CACHE: Final = 1 << 1
-FOPEN_CACHE_DIR: Final = 1 << 3
 FOPEN_NOFLUSH: Final = 1 << 5
 FOPEN_PASSTHROUGH: Final = 1 << 7
 

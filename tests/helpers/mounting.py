@@ -156,6 +156,7 @@ class Mount:
         self.mountpoint = mountpoint
         self.state_dir = state_dir
         self.log_must_be_clean = True
+        self._ended = False
         os.makedirs(mountpoint, exist_ok=True)
         done = weightfs(
             "mount", source, mountpoint, "--state-dir", state_dir, "--engine", engine, "--json", *options
@@ -200,6 +201,9 @@ class Mount:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._ended:
+            return
+        self._ended = True
         subprocess.run(["umount", "--", self.mountpoint], capture_output=True, timeout=60, check=False)
         detach(self.mountpoint)
         forced = self.daemon.end()

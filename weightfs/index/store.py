@@ -36,7 +36,9 @@ log = logging.getLogger(__name__)
 _ROOMS: Final = (b"meta", b"keys", b"entries", b"files", b"bases")
 _BLOCK: Final = 1 << 16  # numbers reserved by one small commit
 _FIRST_MAP_BYTES: Final = 16 << 20
-_GROUP_S: Final = 0.05
+_QUIET_S: Final = 0.25
+"""Commit once nothing was put for so long: a commit's loop takes the interpreter from the thread that serves."""
+_LONGEST_S: Final = 2.0
 _SEAL: Final = 8
 _CHECK_TIMEOUT_S: Final = 60
 _Record = TypeVar("_Record", EntryRecord, FileRecord)
@@ -89,6 +91,7 @@ class IndexStore:
         self._lock = threading.RLock()
         self._wake = threading.Event()
         self._closing = False
+        self._puts = 0
         self._overlay: dict[tuple[bytes, bytes], bytes] = {}
         self._pending_bases: list[int] = []  # sorted; those of the overlay's room `bases`
         self.set_aside: tuple[str, str] | None = None
@@ -296,7 +299,9 @@ class IndexStore:
     def _put(self, room: bytes, key: bytes, value: bytes) -> None:
         with self._lock:
             self._overlay[room, key] = value
-        self._wake.set()
+            self._puts += 1
+        if not self._wake.is_set():
+            self._wake.set()
 
     # Writing
 
@@ -311,7 +316,11 @@ class IndexStore:
     def _write(self) -> None:
         while not self._closing:
             self._wake.wait()
-            time.sleep(_GROUP_S)
+            # Not woken by each put: this thread would take the interpreter from the one that puts, every time.
+            first, before = time.monotonic(), -1
+            while before != self._puts and time.monotonic() - first < _LONGEST_S and not self._closing:
+                before = self._puts
+                time.sleep(_QUIET_S)
             self._wake.clear()
             try:
                 self.flush()

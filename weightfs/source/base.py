@@ -6,15 +6,15 @@ import hashlib
 import os
 import stat
 import struct
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 _KEY = struct.Struct("<QQ")
 _IDENTITY = struct.Struct("<QQQQQ")
 
 
-@dataclass(frozen=True, slots=True)
-class SourceStat:
+class SourceStat(msgspec.Struct, frozen=True):
     """One entry of a source, not following symlinks.
 
     Attributes:

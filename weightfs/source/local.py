@@ -18,6 +18,7 @@ from weightfs.errors import ForbiddenError, UnfitError, UnsupportedError, UsageE
 from weightfs.source.base import SourceStat, WouldBlockError
 
 _BENEATH: Final = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_SYMLINKS | linux.RESOLVE_NO_MAGICLINKS
+_NS: Final = 1_000_000_000
 _PATH_ONLY: Final = os.O_PATH | os.O_NOFOLLOW
 
 # Filesystems whose cached entries can be stat-ed without waiting for anything but memory. Others (NFS, CIFS, FUSE)
@@ -91,13 +92,10 @@ class LocalSource:
             for name in os.listdir(fd):
                 raw = os.fsencode(name)
                 try:
-                    child = linux.openat2(fd, raw, _PATH_ONLY, _BENEATH)
+                    # One component of a folder that is open already: nothing to resolve, nothing to escape through.
+                    found.append((raw, self._stat(fd, raw)))
                 except FileNotFoundError:
                     continue
-                try:
-                    found.append((raw, self.fstat(child)))
-                finally:
-                    os.close(child)
         finally:
             os.close(fd)
         return found
@@ -116,12 +114,15 @@ class LocalSource:
 
     def fstat(self, fd: int) -> SourceStat:
         """See `Source`."""
-        x = linux.fstatx(fd)
-        filesystem = self._filesystems.get(x.device) or self._identify(x.device, x.mode, fd)
+        return self._stat(fd, b"")
+
+    def _stat(self, fd: int, name: bytes) -> SourceStat:
+        x = linux.statx(fd, name)
+        device = os.makedev(x.device_major, x.device_minor)
         return SourceStat(
-            filesystem=filesystem,
+            filesystem=self._filesystems.get(device) or self._identify(device, x.mode, fd, name),
             inode=x.inode,
-            btime_ns=x.btime_ns,
+            btime_ns=x.btime_s * _NS + x.btime_ns,
             mode=x.mode,
             nlink=x.nlink,
             uid=x.uid,
@@ -129,10 +130,10 @@ class LocalSource:
             size=x.size,
             blocks=x.blocks,
             block_bytes=x.block_bytes,
-            rdev=x.rdev,
-            atime_ns=x.atime_ns,
-            mtime_ns=x.mtime_ns,
-            ctime_ns=x.ctime_ns,
+            rdev=os.makedev(x.rdev_major, x.rdev_minor),
+            atime_ns=x.atime_s * _NS + x.atime_ns,
+            mtime_ns=x.mtime_s * _NS + x.mtime_ns,
+            ctime_ns=x.ctime_s * _NS + x.ctime_ns,
         )
 
     def readlink(self, path: bytes) -> bytes:
@@ -194,31 +195,31 @@ class LocalSource:
                 raise WouldBlockError from None
             raise
 
-    def _identify(self, device: int, mode: int, fd: int) -> bytes:
+    def _identify(self, device: int, mode: int, fd: int, name: bytes) -> bytes:
         """Name the filesystem behind `device` in a way that survives a reboot, as far as it has such a name."""
         by_number = struct.pack("<Q", device)
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             return by_number  # opening a FIFO or device to ask would do something
-        name = _filesystem_name(fd) or by_number
+        found = _filesystem_name(fd, name) or by_number
         with self._filesystems_lock:
-            return self._filesystems.setdefault(device, name)
+            return self._filesystems.setdefault(device, found)
 
 
-def _filesystem_name(fd: int) -> bytes | None:
+def _filesystem_name(fd: int, name: bytes) -> bytes | None:
     """The UUID, else f_fsid (made from the UUID by ext4 and XFS); None where both are unset."""
+    place = os.path.join(b"/proc/self/fd/%d" % fd, name) if name else b"/proc/self/fd/%d" % fd
     try:
-        readable = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        readable = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        uuid = None
-    else:
-        try:
-            uuid = linux.filesystem_uuid(readable)
-        finally:
-            os.close(readable)
-    if uuid and any(uuid):
-        return uuid
-    fsid = linux.statfs_raw(fd)[56:64]
-    return fsid if any(fsid) else None
+        return None
+    try:
+        uuid = linux.filesystem_uuid(readable)
+        if uuid and any(uuid):
+            return uuid
+        fsid = linux.statfs_raw(readable)[56:64]
+        return fsid if any(fsid) else None
+    finally:
+        os.close(readable)
 
 
 def _kind(mode: int) -> str:
