@@ -205,7 +205,7 @@ class Channel:
 
     def _is_at_end(self, nodeid: int, buffer: bytearray) -> bool:
         _, cookie, _ = wire.READ_IN.unpack_from(buffer, wire.IN_HEADER_BYTES)
-        return cookie != 0 and cookie == self._listing_end(nodeid)
+        return bool(cookie) and self._listing_end(nodeid) == cookie
 
     async def _forward(self, opcode: int, unique: int, nodeid: int, buffer: bytearray, message: memoryview) -> None:
         if opcode not in _NO_REPLY:
