@@ -38,14 +38,17 @@ from typing import Final
 import trio
 
 from weightfs import wire
-from weightfs.handles import HandleTable, OpenInode, Readable
+from weightfs.conduit import Conduit
+from weightfs.handles import HandleTable, OpenInode, Place, Readable
 from weightfs.wire import Opcode
 
 log = logging.getLogger(__name__)
 
 _REQUEST_BYTES: Final = 64 << 10
 """Size of the buffer the kernel is read with: bounds a batch of FORGETs, and must exceed `max_write` (4096) by far."""
-_READ_BYTES: Final = 1 << 20
+_READ_BYTES: Final = 254 << 12
+"""Largest READ. A pipe of 1 MiB, the most that every user may have, holds 256 pages: these, a header, and one more for
+a range that begins within a page."""
 _REPLY_BYTES: Final = 32 << 10
 """Largest listing taken at once; larger requests are cut, as a file system may."""
 _SMALL_REPLY_BYTES: Final = 8 << 10
@@ -271,11 +274,16 @@ class Channel:
             self._reply_error(unique, errno.EIO)
 
     def _answer_reads(self) -> None:
-        """A thread's life: preadv and writev drop the GIL, so these copy in parallel."""
+        """A thread's life: splice, preadv and writev drop the GIL, so these copy in parallel."""
         buffer = memoryview(bytearray(_READ_BYTES))
+        conduit = Conduit(self._kernel, _READ_BYTES)
         while (job := self._jobs.get()) is not None:
             unique, readable, handle, offset, size = job
             try:
+                place = readable.in_page_cache(offset, min(size, _READ_BYTES))
+                if place is not None and conduit.load(wire.OUT_HEADER, unique, place):
+                    self._send_spliced(conduit, unique, place)
+                    continue
                 filled = readable.read_into(handle, buffer[: min(size, _READ_BYTES)], offset)
             except Exception as e:  # noqa: BLE001 - this thread must live on, and the reader hear of it
                 if self._settle(unique):
@@ -284,6 +292,17 @@ class Channel:
             if self._settle(unique):
                 self._write([wire.OUT_HEADER.pack(wire.OUT_HEADER_BYTES + filled, 0, unique), buffer[:filled]])
                 self.bytes_read += filled
+
+    def _send_spliced(self, conduit: Conduit, unique: int, place: Place) -> None:
+        if not self._settle(unique):
+            conduit.drop()
+            return
+        try:
+            conduit.send()
+        except OSError as e:
+            self._refused(e)
+        else:
+            self.bytes_read += place.nbytes
 
     # To the kernel
 
@@ -376,10 +395,13 @@ class Channel:
         try:
             os.writev(self._kernel, parts)
         except OSError as e:
-            if e.errno not in (errno.ENOENT, errno.ENODEV):
-                log.warning("the kernel refused a reply: %s", e)
+            self._refused(e)
             return False
         return True
+
+    def _refused(self, error: OSError) -> None:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):  # these say that nobody waits for it any more
+            log.warning("the kernel refused a reply: %s", error)
 
     # Deadlines
 

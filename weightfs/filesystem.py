@@ -258,12 +258,18 @@ class Filesystem:
         )
 
     async def _folder_attributes(self, node: Node) -> Attributes:
-        """Of a virtual entry: owner, permissions and times are those of the source folder it belongs to."""
+        """Of a virtual entry: owner and permissions are those of the source folder it belongs to."""
         is_text = node.kind is Kind.STATE and node.name != STATE
         owner = self._node(node.parent)
         while owner.kind is not Kind.SOURCE:
             owner = self._node(owner.parent)
-        entry = await self._lstat(self._tree.path(owner))
+        folder = self._tree.path(owner)
+        entry = await self._lstat(folder)
+        mtime_ns = entry.mtime_ns
+        if node.kind in (Kind.VIEW_ROOT, Kind.VIEW_SET):
+            # The kernel keeps a listing for as long as the mtime stays: it must tell of changed files as well.
+            name = os.fsdecode(node.name) if node.kind is Kind.VIEW_SET else None
+            mtime_ns = await self._wait(self.library.last_change_ns, folder, name)
         if is_text:
             mode, size = stat.S_IFREG | _READABLE_BITS, len(self._texts[node.name]())
         else:
@@ -278,9 +284,9 @@ class Filesystem:
             size=size,
             blocks=0,
             block_bytes=entry.block_bytes,
-            atime_ns=entry.mtime_ns,
-            mtime_ns=entry.mtime_ns,
-            ctime_ns=entry.ctime_ns,
+            atime_ns=mtime_ns,
+            mtime_ns=mtime_ns,
+            ctime_ns=mtime_ns,
         )
 
     async def _view_attributes(self, inode: int) -> Attributes:
@@ -577,7 +583,7 @@ def _view_xattrs(parsed: ParsedFile, position: int) -> dict[bytes, bytes]:
         "layer": "" if layer is None else str(layer),
         "offset": str(offset),
         "nbytes": str(nbytes),
-        "file": os.fsdecode(os.path.basename(parsed.path)),
+        "file": parsed.name,
     }
     return {_XATTR + key.encode(): os.fsencode(value) for key, value in values.items()}
 

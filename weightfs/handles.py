@@ -10,11 +10,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+
+class Place(NamedTuple):
+    """`nbytes` bytes from `offset` on of an open file: all there at this moment."""
+
+    fd: int
+    offset: int
+    nbytes: int
 
 
 class Readable(Protocol):
     """Bytes that READ requests are answered from. Blocking, thread-safe."""
+
+    def in_page_cache(self, offset: int, nbytes: int) -> Place | None:
+        """Where the kernel may take such a range by itself, cut at the file's end; None where it must be copied."""
 
     def read_into(self, handle: int, buffer: memoryview, offset: int) -> int:
         """Fill `buffer` from `offset` on; gives the bytes filled, fewer than asked only at the end of the file.

@@ -6,6 +6,8 @@ Everything here may wait for the source, so it runs in worker threads; all of it
 from __future__ import annotations
 
 import bisect
+import contextlib
+import itertools
 import logging
 import os
 import threading
@@ -48,6 +50,7 @@ class ParsedFile:
     Attributes:
         identity: of that content.
         path: where it was found, relative to the root, symlinks resolved.
+        name: what it is called in the folder it was found in.
         record: what its header said.
         layout: the same as a layout; None when the header has a fault.
         settled: whether the identity can be relied on to change with the content.
@@ -55,6 +58,7 @@ class ParsedFile:
 
     identity: bytes
     path: bytes
+    name: str
     record: FileRecord
     layout: WeightLayout | None
     settled: bool
@@ -118,9 +122,9 @@ class Library:
             if settled:
                 self._index.put_file(identity, record)
         if settled and record.base:
-            self._index.put_owner(record.base, identity, path)
+            self._index.put_owner(record.base, identity, path, name)
         layout = None if record.fault else record.layout(name)
-        found = ParsedFile(identity, path, record, layout, settled)
+        found = ParsedFile(identity, path, name, record, layout, settled)
         self._remember(found)
         return found
 
@@ -179,7 +183,8 @@ class Library:
             record = self._index.file(owner[0]) if owner else None
             if owner is None or record is None or not _holds(record, inode):
                 return None
-            found = ParsedFile(owner[0], owner[1], record, record.layout(""), settled=True)
+            identity, path, name = owner
+            found = ParsedFile(identity, path, name, record, record.layout(name), settled=True)
             self._remember(found)
         position, npy = divmod(inode - found.record.base, 2)
         return found, position, bool(npy)
@@ -230,6 +235,16 @@ class Library:
             while len(self._recent) > _MAX_SETS:
                 self._recent.popitem(last=False)
         return found
+
+    def last_change_ns(self, folder: bytes, name: str | None) -> int:
+        """When a set of a folder (None: any of them), or the folder, last changed: listings are good until then."""
+        changes = [self._source.lstat(folder)]
+        sets = self.sets(self._source.names(folder))
+        for file in sets.get(name, ()) if name is not None else itertools.chain(*sets.values()):
+            path = self._source.follow(os.path.join(folder, os.fsencode(file)))
+            with contextlib.suppress(FileNotFoundError):
+                changes += [self._source.lstat(path)] if path is not None else []
+        return max(max(change.mtime_ns, change.ctime_ns) for change in changes)
 
     def recent_view_set(self, folder: bytes, name: str) -> ViewSet | None:
         """A set that was found to be current within the last second. Never waits.

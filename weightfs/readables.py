@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 from weightfs.errors import ShortReadError, StaleError
+from weightfs.handles import Place
 from weightfs.source.base import Source, SourceStat
 
 
@@ -33,6 +34,10 @@ class WholeFile:
         self._fd = fd
         self._promised = opened.size
         self._mtime_ns = opened.mtime_ns
+
+    def in_page_cache(self, offset: int, nbytes: int) -> Place | None:
+        """See `Readable`. The end, and a file that has shrunk, are left to `read_into`."""
+        return Place(self._fd, offset, nbytes) if offset + nbytes <= self._promised else None
 
     def read_into(self, handle: int, buffer: memoryview, offset: int) -> int:
         """See `Readable`. Ends where the file ends now, but never before the size it had when it was opened."""
@@ -68,6 +73,10 @@ class Extent:
         self._offset = offset
         self._nbytes = nbytes
 
+    def in_page_cache(self, offset: int, nbytes: int) -> Place | None:
+        """See `Readable`."""
+        return None
+
     def read_into(self, handle: int, buffer: memoryview, offset: int) -> int:
         """See `Readable`. The file is examined after its bytes were read, so that no changed byte is passed on."""
         wanted = buffer[: max(0, min(len(buffer), len(self._prefix) + self._nbytes - offset))]
@@ -95,6 +104,10 @@ class LiveText:
     def __init__(self, make: Callable[[], bytes]) -> None:
         self._make = make
         self._texts: dict[int, bytes] = {}
+
+    def in_page_cache(self, offset: int, nbytes: int) -> Place | None:
+        """See `Readable`."""
+        return None
 
     def read_into(self, handle: int, buffer: memoryview, offset: int) -> int:
         """See `Readable`."""

@@ -1,7 +1,7 @@
 """The index on disk: LMDB, one writer thread, every value sealed with a digest of its key and itself.
 
 Rooms (named databases): `meta`, `keys` (inode key -> number), `entries` (number -> EntryRecord), `files` (identity ->
-FileRecord), `bases` (first number of a run of views -> identity and path).
+FileRecord), `bases` (first number of a run of views -> identity, path, name).
 
 Reads are short transactions on the caller's thread and return copies. Writes go into an overlay that reads see at
 once, and a thread commits them in groups with fsync, so no caller waits for the disk; a daemon that dies loses at most
@@ -256,15 +256,15 @@ class IndexStore:
         """Remember a parsed header."""
         self._put(b"files", identity, msgspec.msgpack.encode(record))
 
-    def put_owner(self, base: int, identity: bytes, path: bytes) -> None:
-        """Remember which content a run of views belongs to, and where that was last seen."""
+    def put_owner(self, base: int, identity: bytes, path: bytes, name: str) -> None:
+        """Remember which content a run of views belongs to, and where and as what that was last seen."""
         with self._lock:
             if base not in self._pending_bases:
                 bisect.insort(self._pending_bases, base)
-            self._put(b"bases", base.to_bytes(8, "big"), identity + path)
+            self._put(b"bases", base.to_bytes(8, "big"), identity + msgspec.msgpack.encode((path, name)))
 
-    def owner_of_view(self, inode: int) -> tuple[bytes, bytes] | None:
-        """Identity and path of the content in whose run of views `inode` may lie: that with the largest base not
+    def owner_of_view(self, inode: int) -> tuple[bytes, bytes, str] | None:
+        """Identity, path and name of the content in whose run of views `inode` may lie: that with the largest base not
         above it. The caller checks the length of the run."""
         wanted = inode.to_bytes(8, "big")
         with self._lock:
@@ -278,7 +278,10 @@ class IndexStore:
                     found = bytes(cursor.key()) if moved else b""
             best = max(pending, found)
             value = self._get(b"bases", best) if best else None
-        return (value[:IDENTITY_BYTES], value[IDENTITY_BYTES:]) if value is not None else None
+        if value is None:
+            return None
+        path, name = msgspec.msgpack.decode(value[IDENTITY_BYTES:], type=tuple[bytes, str])
+        return value[:IDENTITY_BYTES], path, name
 
     def _record(self, room: bytes, key: bytes, kind: type[_Record]) -> _Record | None:
         value = self._get(room, key)
