@@ -44,6 +44,7 @@ from weightfs.library import Library, ParsedFile, ViewSet
 from weightfs.readables import Extent, LiveText, WholeFile
 from weightfs.source.base import Source, SourceStat, WouldBlockError
 from weightfs.tree import Node, Tree
+from weightfs.walk import ListAhead, Rows
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +137,7 @@ class Filesystem:
         self._limiter = trio.CapacityLimiter(config.threads)
         self.library = Library(source, index)
         self._tree = Tree(index, source.lstat(b"").inode_key)
+        self._walk = ListAhead(source)
         self._listings: OrderedDict[int, list[DirectoryEntry]] = OrderedDict()
         self._cached_identity: OrderedDict[int, bytes] = OrderedDict()
         self.opens = 0
@@ -358,9 +360,10 @@ class Filesystem:
         rows: list[tuple[bytes, Attributes]] = []
         if node.kind is Kind.SOURCE:
             folder = self._tree.path(node)
-            for name, entry in await self._wait(self._source.entries, folder):
-                child = self._tree.see(Kind.SOURCE, node.inode, name, entry.inode_key)
-                path = os.path.join(folder, name)
+            found = await self._source_rows(node, folder)
+            children = self._tree.see_all(node.inode, [(name, entry.inode_key) for name, entry in found])
+            for child, (name, entry) in zip(children, found, strict=True):
+                path = os.path.join(folder, name) if entry.is_symlink else b""
                 rows.append((name, await self._source_attributes(child.inode, path, entry)))
         elif node.kind is Kind.VIEW_ROOT:
             folder = self._tree.path(self._node(node.parent))
@@ -378,6 +381,26 @@ class Filesystem:
                 rows.append((name, await self._folder_attributes(child)))
         entries = [DirectoryEntry(name, attributes, _cookie(name)) for name, attributes in rows]
         return sorted(entries, key=_cookie_of)
+
+    async def _source_rows(self, node: Node, folder: bytes) -> Rows:
+        ready = self._walk.take(folder, (await self._lstat(folder)).identity)
+        if ready is not None:
+            return ready
+        ahead = self._walk.plan(folder, self._following(node))
+        rows, ready_later = await self._wait(self._walk.read, folder, ahead)
+        self._walk.keep(ready_later)
+        return rows
+
+    def _following(self, node: Node) -> list[bytes]:
+        """The folders behind this one in its parent's listing, if that is at hand."""
+        siblings = self._listings.get(node.parent)
+        if not siblings:
+            return []
+        self._listings.move_to_end(node.parent)
+        behind = itertools.islice(siblings, bisect.bisect_right(siblings, _cookie(node.name), key=_cookie_of), None)
+        parent = self._tree.path(self._node(node.parent))
+        folders = (os.path.join(parent, entry.name) for entry in behind if stat.S_ISDIR(entry.attributes.mode))
+        return list(itertools.islice(folders, self._walk.window))
 
     def _set_names(self, folder: bytes, root: bytes) -> list[str]:
         return [

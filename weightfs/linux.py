@@ -10,6 +10,7 @@ import ctypes
 import fcntl
 import os
 import struct
+import threading
 from typing import Final, NamedTuple
 
 MS_RDONLY: Final = 1
@@ -33,6 +34,7 @@ _STATX_BASIC_AND_BTIME: Final = 0x0FFF
 _FS_IOC_GETFSUUID: Final = 0x80111500
 _STATX = struct.Struct("<4xI8xIIIH2xQQQ8xqI4xqI4xqI4xqI4xIIII")
 
+_buffers = threading.local()
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p]
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
@@ -86,7 +88,10 @@ class Statx(NamedTuple):
 
 def statx(dir_fd: int, name: bytes) -> Statx:
     """statx(2) of an entry of an open folder, or (empty name) of the descriptor itself; follows no symlink."""
-    buffer = ctypes.create_string_buffer(_STATX_BYTES)
+    try:
+        buffer = _buffers.statx
+    except AttributeError:  # the first call of this thread
+        buffer = _buffers.statx = ctypes.create_string_buffer(_STATX_BYTES)
     if _libc.statx(dir_fd, name, _STATX_FLAGS, _STATX_BASIC_AND_BTIME, buffer):
         raise _failed(name)
     return Statx._make(_STATX.unpack_from(buffer))

@@ -17,6 +17,7 @@ from weightfs import linux
 from weightfs.errors import BusyError, UnfitError, UsageError, WeightfsError
 
 FSTYPE: Final = "fuse.weightfs"
+_ANSWER_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,8 @@ def clear_stale(mountpoint: str) -> bool:
 
     Raises:
         UsageError: the folder does not exist, or is no folder.
-        BusyError: a living weightfs is mounted there.
+        WeightfsError: a living weightfs is mounted there.
+        BusyError: one that does not answer is.
     """
     try:
         entry = os.stat(mountpoint)
@@ -67,12 +69,24 @@ def clear_stale(mountpoint: str) -> bool:
         unmount(mountpoint, lazy=True)
         return True
     if not stat.S_ISDIR(entry.st_mode):
-        raise UsageError("can't mount there: it is not a folder", path=mountpoint)
-    if find(mountpoint) is not None:
+        raise UsageError("can't mount there: it is not a folder", path=mountpoint, mend="name an existing folder")
+    if find(mountpoint) is None:
+        return False
+    # stat(2) may have been answered from the kernel's cache after the daemon died; statfs(2) never is.
+    try:
+        asked = subprocess.run(["stat", "-f", "--", mountpoint], capture_output=True, timeout=_ANSWER_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise BusyError(
+            "a weightfs is mounted there that does not answer",
+            path=mountpoint,
+            mend=f"weightfs umount --lazy {mountpoint}",
+        ) from None
+    if asked.returncode == 0:
         raise WeightfsError(
             "a weightfs is mounted there already", path=mountpoint, mend=f"weightfs umount {mountpoint}"
         )
-    return False
+    unmount(mountpoint, lazy=True)
+    return True
 
 
 def mount(source: str, mountpoint: str, *, for_others: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from weightfs.errors import StaleError
@@ -57,8 +58,22 @@ class Tree:
                 node.parent, node.name = parent, name
                 self._index.put_entry(inode, EntryRecord(kind, parent, name, key))
             return node
+        return self._see_first(kind, parent, name, key, self._index.number_of(key))
+
+    def see_all(self, parent: int, entries: Sequence[tuple[bytes, bytes]]) -> list[Node]:
+        """`see` for the entries of a source folder, as (name, key): one trip to the index for all that are new."""
+        new = [key for _, key in entries if key not in self._numbers]
+        numbers = self._index.numbers_of(new) if new else {}
+        return [
+            self.see(Kind.SOURCE, parent, name, key)
+            if key in self._numbers
+            else self._see_first(Kind.SOURCE, parent, name, key, numbers.get(key))
+            for name, key in entries
+        ]
+
+    def _see_first(self, kind: Kind, parent: int, name: bytes, key: bytes, inode: int | None) -> Node:
+        """`see` for an entry not in memory, whose recorded number is `inode`."""
         record = EntryRecord(kind, parent, name, key)
-        inode = self._index.number_of(key)
         if inode is None:
             inode = self._index.take()
             self._index.put_number(key, inode)

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final, TypeVar
 
 import lmdb
@@ -235,6 +235,22 @@ class IndexStore:
         """The inode number that a source's inode key has, if it ever got one."""
         value = self._get(b"keys", key)
         return int.from_bytes(value, "big") if value is not None else None
+
+    def numbers_of(self, keys: Iterable[bytes]) -> dict[bytes, int]:
+        """`number_of` for many keys in one transaction; keys without a number are left out."""
+        found: dict[bytes, int] = {}
+        with self._lock:
+            try:
+                with self._env.begin(db=self._rooms[b"keys"]) as txn:
+                    for key in keys:
+                        value = self._overlay.get((b"keys", key))
+                        if value is None and (sealed := txn.get(key)) is not None:
+                            value = _unseal(b"keys", key, sealed)
+                        if value is not None:
+                            found[key] = int.from_bytes(value, "big")
+            except (lmdb.Error, CorruptIndexError) as e:
+                self._rebuild(str(e))
+        return found
 
     def entry(self, inode: int) -> EntryRecord | None:
         """How to find an inode; None for a number this index never gave out."""
