@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 TENSORS: Final = b".tensors"
 NPY: Final = b".npy"
 STATE: Final = b".weightfs"
+_ACCESS_LISTS: Final = frozenset({b"system.posix_acl_access", b"system.posix_acl_default"})
 _XATTR: Final = b"user.weightfs."
 _READABLE_BITS: Final = 0o444
 _MAX_LISTINGS: Final = 64
@@ -493,10 +494,15 @@ class Filesystem:
         """One extended attribute: the source's own, or `user.weightfs.*` of a view."""
         node = self._source_node(inode)
         if node is not None:
-            if node.kind is not Kind.SOURCE:
+            if node.kind is Kind.STATE or (node.kind is not Kind.SOURCE and name not in _ACCESS_LISTS):
                 raise NoAttributeError(os.fsdecode(name))
+            while node.kind is not Kind.SOURCE:
+                node = self._node(node.parent)
             return await self._wait(self._source.getxattr, self._tree.path(node), name)
         parsed, position, _ = await self._view(inode)
+        if name in _ACCESS_LISTS:
+            # A view opens to whom its file opens: mode bits alone would let in whom the list shuts out.
+            return await self._wait(self._source.getxattr, parsed.path, name)
         attributes = _view_xattrs(parsed, position)
         if name not in attributes:
             raise NoAttributeError(os.fsdecode(name))

@@ -39,6 +39,7 @@ _SETTLED_NS: Final = 2_000_000_000
 """A file changed less than this ago may change again without its times showing it: remembered in memory only."""
 _MAX_RUNS: Final = 4096  # parsed files kept in memory
 _MAX_SETS: Final = 256
+_MAX_FAULTS: Final = 1024
 _RECENT_S: Final = 1.0
 _MAX_WEIGHT_MAP_BYTES: Final = 64 << 20
 
@@ -92,7 +93,7 @@ class Library:
         self._sets: OrderedDict[tuple[object, ...], ViewSet | None] = OrderedDict()
         self._recent: OrderedDict[tuple[bytes, str], tuple[float, ViewSet]] = OrderedDict()
         self.headers_parsed = 0
-        self.faults: dict[bytes, FormatError] = {}
+        self._faults: OrderedDict[bytes, tuple[bytes, FormatError]] = OrderedDict()
 
     @property
     def models(self) -> int:
@@ -158,9 +159,12 @@ class Library:
             name = os.fsdecode(found.path)
             if found.record.fault:
                 reason, message, offset = found.record.fault
-                self.faults[found.path] = FormatError(reason, message, offset=offset, path=name)
+                fault = FormatError(reason, message, offset=offset, path=name)
+                self._faults[found.path] = found.identity, fault
+                if len(self._faults) > _MAX_FAULTS:
+                    self._faults.popitem(last=False)
             else:
-                self.faults.pop(found.path, None)
+                self._faults.pop(found.path, None)
             if found.record.base and found.record.base not in self._by_base:
                 bisect.insort(self._bases, found.record.base)
             if found.record.base:
@@ -169,6 +173,17 @@ class Library:
                 _, dropped = self._runs.popitem(last=False)
                 if self._by_base.pop(dropped.record.base, None) is not None:
                     self._bases.remove(dropped.record.base)
+
+    def current_faults(self) -> list[FormatError]:
+        """The faults found so far, of files that are still what they were. May wait for the source."""
+        with self._lock:
+            found = [(path, identity, fault) for path, (identity, fault) in self._faults.items()]
+        current = []
+        for path, identity, fault in sorted(found, key=lambda row: row[0]):
+            with contextlib.suppress(OSError):
+                if self._source.lstat(path).identity == identity:
+                    current.append(fault)
+        return current
 
     def view(self, inode: int) -> tuple[ParsedFile, int, bool] | None:
         """Whose tensor a view's number stands for: (file, position in its layout, whether it is the `.npy` form).

@@ -58,6 +58,7 @@ class Service:
             self._source, self._index, self._handles, texts, FilesystemConfig(deadline_s=config.deadline_s)
         )
         self._channel: Channel | None = None
+        self._is_mounted = False
 
     async def run(self, mounted: Callable[[dict[str, Any]], None]) -> None:
         """Mount, call `mounted` with the mount document once it answers, serve until it is unmounted or signalled.
@@ -67,6 +68,7 @@ class Service:
         """
         mounts.clear_stale(self.config.mountpoint)
         kernel_fd = mounts.mount(self.config.source, self.config.mountpoint, for_others=self.config.for_others)
+        self._is_mounted = True
         try:
             await self._serve(kernel_fd, mounted)
         finally:
@@ -97,6 +99,7 @@ class Service:
                 nursery.start_soon(pyfuse3.main)
                 nursery.start_soon(self._announce, channel, mounted)
                 await channel.run()  # returns when the kernel says that the mount is gone
+                self._is_mounted = False
                 nursery.cancel_scope.cancel()
         finally:
             pyfuse3.close(unmount=False)
@@ -129,9 +132,13 @@ class Service:
                 scope.cancel()
 
     def _unmount(self) -> bool:
-        """Take the mountpoint away, if it still is ours; gives whether it had to be done lazily."""
-        if mounts.find(self.config.mountpoint) is None:
+        """Take the mountpoint away while it is ours; gives whether it had to be done lazily.
+
+        Once, and not after the kernel has said that it is gone: by then another daemon may be mounted there.
+        """
+        if not self._is_mounted or mounts.find(self.config.mountpoint) is None:
             return False
+        self._is_mounted = False
         try:
             mounts.unmount(self.config.mountpoint)
         except WeightfsError:
@@ -172,7 +179,6 @@ class Service:
         """The live state. Callable from any thread."""
         channel, library = self._channel, self._filesystem.library
         assert channel is not None
-        faults = sorted(library.faults.copy().items())
         return {
             **self.mount_document(),
             "uptime_s": round(time.monotonic() - self._started, 3),
@@ -187,8 +193,8 @@ class Service:
             "passthrough_refused": {os.strerror(number): count for number, count in channel.fallbacks.copy().items()},
             "changed_in_place": self._filesystem.changed_files(),
             "faults": [
-                {"path": os.fsdecode(path), "code": fault.reason, "offset": fault.offset, "message": fault.message}
-                for path, fault in faults
+                {"path": fault.path, "code": fault.reason, "offset": fault.offset, "message": fault.message}
+                for fault in library.current_faults()
             ],
             "index": {"epoch": self._index.epoch, "set_aside": self._index.set_aside},
             "resident_bytes": None,

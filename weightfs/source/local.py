@@ -108,7 +108,7 @@ class LocalSource:
             if not entry.is_file:
                 raise UnsupportedError(f"is {_kind(entry.mode)}, not a regular file", path=os.fsdecode(path))
             # Through the descriptor just examined, so that a device can't take the file's place in between.
-            return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC), entry
+            return self._reopen(fd, cached_only), entry
         finally:
             os.close(fd)
 
@@ -182,6 +182,15 @@ class LocalSource:
     def statvfs(self) -> os.statvfs_result:
         """See `Source`."""
         return os.fstatvfs(self._root)
+
+    def _reopen(self, fd: int, cached_only: bool) -> int:
+        path = f"/proc/self/fd/{fd}"
+        if not cached_only:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except BlockingIOError:  # somebody holds a lease on the file, which may take 45 s to break
+            raise WouldBlockError from None
 
     def _resolve(self, path: bytes, flags: int, cached_only: bool) -> int:
         if not cached_only:
