@@ -11,6 +11,7 @@ The namespace is the source's, and three names that answer look-ups but are neve
 from __future__ import annotations
 
 import bisect
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -27,6 +28,7 @@ import trio
 
 from weightfs.errors import (
     DeadlineError,
+    ForbiddenError,
     IsADirectoryEntryError,
     NoAttributeError,
     NotADirectoryEntryError,
@@ -34,7 +36,6 @@ from weightfs.errors import (
     NotFoundError,
     ReadOnlyError,
     StaleError,
-    UnsupportedError,
 )
 from weightfs.formats import npy_header
 from weightfs.handles import HandleTable, Readable
@@ -239,12 +240,9 @@ class Filesystem:
     async def _source_attributes(self, inode: int, path: bytes, entry: SourceStat) -> Attributes:
         size = entry.size
         if entry.is_symlink:
-            try:
+            # The size of what readlink will say; its own where that says nothing.
+            with contextlib.suppress(OSError, ForbiddenError):
                 size = len(await self._wait(self._source.readlink, path))
-            except OSError:
-                pass  # its own size is the best there is
-            except UnsupportedError:
-                pass
         return Attributes(
             inode=inode,
             mode=entry.mode,

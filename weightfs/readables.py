@@ -113,7 +113,7 @@ class LiveText:
         """See `Readable`."""
         text = self._texts.get(handle)
         if text is None:
-            text = self._texts[handle] = self._make()
+            text = self._texts.setdefault(handle, self._make())  # the first of several threads decides
         part = text[offset : offset + len(buffer)]
         buffer[: len(part)] = part
         return len(part)

@@ -1,4 +1,4 @@
-"""Inode numbers: stable for the same file, across names, changes and mounts; and what a second mount need not do again."""
+"""Inode numbers: stable for the same file, across names, changes and mounts; what a second mount need not do again."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.models import every_dtype, every_quantisation, model_tensors, write, write_gguf, write_safetensors
-from tests.helpers.models import write_sharded
+from tests.helpers.models import (
+    every_dtype,
+    every_quantisation,
+    model_tensors,
+    write,
+    write_gguf,
+    write_safetensors,
+    write_sharded,
+)
 from tests.helpers.mounting import Mounter, both_engines, wait_until, wait_until_settled
 
 
@@ -123,7 +130,7 @@ def test_crowded_folder_is_listed_completely(crowded: tuple[str, set[str]], moun
 
 
 class _Dirent(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012 - ctypes wants it so
+    _fields_ = [
         ("number", ctypes.c_ulong),
         ("offset", ctypes.c_long),
         ("length", ctypes.c_ushort),

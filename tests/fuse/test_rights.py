@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import struct
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 
@@ -36,14 +35,14 @@ def reads(mount: Mount, name: str, user: tuple[int, int]) -> bool:
 
 def access_list(path: str, *entries: tuple[int, int, int]) -> None:
     """Sets a POSIX ACL: (tag, permissions, id) each; the tags are those of `linux/posix_acl.h`."""
-    data = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, bits, id_ & 0xFFFFFFFF) for tag, bits, id_ in entries)
+    data = struct.pack("<I", 2) + b"".join(
+        struct.pack("<HHI", tag, bits, id_ & 0xFFFFFFFF) for tag, bits, id_ in entries
+    )
     os.setxattr(path, "system.posix_acl_access", data)
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def mount(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, module_mounter: Mounter
-) -> Iterator[Mount]:
+def mount(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, module_mounter: Mounter) -> Mount:
     root = str(tmp_path_factory.mktemp("source"))
     os.chmod(root, 0o755)
     for name in ("group", "private", "open", "listed"):
@@ -54,7 +53,7 @@ def mount(
     os.chmod(f"{root}/listed", 0o640)
     # owner rw, user 99 nothing, group r, mask r, other nothing: the mode's group bits show the mask.
     access_list(f"{root}/listed", (1, 6, -1), (2, 0, 99), (4, 4, -1), (16, 4, -1), (32, 0, -1))
-    yield module_mounter(root, request.param)
+    return module_mounter(root, request.param)
 
 
 @pytest.mark.parametrize(

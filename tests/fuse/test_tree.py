@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
 
 import pytest
 
 from tests.helpers.models import every_dtype, write, write_safetensors
-from tests.helpers.mounting import ENGINES, Mount, Mounter
+from tests.helpers.mounting import ENGINES, Mount, Mounter, refused
 
 HOSTILE_NAMES = [
     b"n" * 255,
@@ -71,7 +70,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def mount(request: pytest.FixtureRequest, source: str, module_mounter: Mounter) -> Iterator[Mount]:
+def mount(request: pytest.FixtureRequest, source: str, module_mounter: Mounter) -> Mount:
     return module_mounter(source, request.param)
 
 
@@ -95,7 +94,9 @@ def test_listing_gives_types_and_numbers(mount: Mount) -> None:
 
 
 def test_inode_numbers_are_unique(mount: Mount) -> None:
-    numbers = [os.lstat(os.path.join(folder, name)).st_ino for folder, d, f in os.walk(mount.mountpoint) for name in d + f]
+    numbers = [
+        os.lstat(os.path.join(folder, name)).st_ino for folder, d, f in os.walk(mount.mountpoint) for name in d + f
+    ]
     assert len(set(numbers)) == len(numbers)
 
 
@@ -107,9 +108,8 @@ def test_hostile_names_read_their_own_bytes(mount: Mount) -> None:
 
 
 def test_name_too_long(mount: Mount) -> None:
-    with pytest.raises(OSError) as raised:
+    with refused(errno.ENAMETOOLONG):
         os.stat(mount.path("n" * 256))
-    assert raised.value.errno == errno.ENAMETOOLONG
 
 
 def test_files_have_the_same_bytes(mount: Mount) -> None:
@@ -172,9 +172,8 @@ def test_errors_of_the_wrong_kind(mount: Mount) -> None:
         os.listdir(mount.path("mode"))
     with pytest.raises(IsADirectoryError), open(mount.path("a"), "rb") as folder:
         folder.read()
-    with pytest.raises(OSError) as raised:
+    with refused(errno.EINVAL):
         os.readlink(mount.path("mode"))
-    assert raised.value.errno == errno.EINVAL
     with pytest.raises(FileNotFoundError):
         os.stat(mount.path("absent"))
     with pytest.raises(FileNotFoundError):
@@ -185,9 +184,8 @@ def test_source_xattrs_show(mount: Mount) -> None:
     os.setxattr(os.path.join(mount.source, "mode"), "user.note", b"\x00binary\xff")
     assert os.getxattr(mount.path("mode"), "user.note") == b"\x00binary\xff"
     assert "user.note" in os.listxattr(mount.path("mode"))
-    with pytest.raises(OSError) as raised:
+    with refused(errno.ENODATA):
         os.getxattr(mount.path("mode"), "user.absent")
-    assert raised.value.errno == errno.ENODATA
 
 
 def test_empty_library(tmp_path_factory: pytest.TempPathFactory, mounter: Mounter) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -91,6 +92,28 @@ def errno_from(function: Callable[[], object], *, timeout_s: float = 20) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def refused(*numbers: int) -> Iterator[None]:
+    """The block must fail with one of these errnos."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in numbers:
+            raise
+        return
+    raise AssertionError(f"was not refused with {', '.join(errno.errorcode[number] for number in numbers)}")
+
+
+@contextlib.contextmanager
+def tolerating(*numbers: int) -> Iterator[None]:
+    """The block may fail with one of these errnos, and with no other."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in numbers:
+            raise
+
+
 def mounts_below(folder: str) -> list[str]:
     """Mountpoints of weightfs at or below a folder, topmost last; asks no mount."""
     found = []
@@ -158,9 +181,7 @@ class Mount:
         self.log_must_be_clean = True
         self._ended = False
         os.makedirs(mountpoint, exist_ok=True)
-        done = weightfs(
-            "mount", source, mountpoint, "--state-dir", state_dir, "--engine", engine, "--json", *options
-        )
+        done = weightfs("mount", source, mountpoint, "--state-dir", state_dir, "--engine", engine, "--json", *options)
         if done.returncode:
             detach(mountpoint)
             raise AssertionError(f"mount ended with {done.returncode}: {done.stderr}\n{self.log_text()}")
@@ -192,7 +213,7 @@ class Mount:
         try:
             with open(os.path.join(self.state_dir, "weightfs.log"), encoding="utf-8", errors="replace") as log:
                 return log.read()
-        except FileNotFoundError:
+        except OSError:
             return ""
 
     def __enter__(self) -> Mount:

@@ -4,7 +4,7 @@ Rooms (named databases): `meta`, `keys` (inode key -> number), `entries` (number
 FileRecord), `bases` (first number of a run of views -> identity, path, name).
 
 Reads are short transactions on the caller's thread and return copies. Writes go into an overlay that reads see at
-once, and a thread commits them in groups with fsync, so no caller waits for the disk; a daemon that dies loses at most
+once, and a thread commits them in groups and syncs, so no caller waits for the disk; a daemon that dies loses at most
 the last group, which the next look-up makes again. Numbers are reserved on disk in blocks before any of a block is
 given out: a crash skips numbers and never repeats one.
 
@@ -16,13 +16,14 @@ from __future__ import annotations
 import bisect
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Final, TypeVar
 
 import lmdb
@@ -41,6 +42,18 @@ _QUIET_S: Final = 0.25
 _LONGEST_S: Final = 2.0
 _SEAL: Final = 8
 _CHECK_TIMEOUT_S: Final = 60
+_DAMAGED: Final = (
+    lmdb.CorruptedError,
+    lmdb.InvalidError,
+    lmdb.PageNotFoundError,
+    lmdb.PanicError,
+    lmdb.VersionMismatchError,
+)
+"""What LMDB says of a file that is not, or no longer, an index; anything else (a full disk, no memory) says nothing of
+the file."""
+_GROUP: Final = 1000  # records a commit: what a look-up may have to wait for, about 2 ms
+_LOCK_FILE_BYTES: Final = 64 << 10
+_T = TypeVar("_T")
 _Record = TypeVar("_Record", EntryRecord, FileRecord)
 
 
@@ -94,6 +107,8 @@ class IndexStore:
         self._puts = 0
         self._overlay: dict[tuple[bytes, bytes], bytes] = {}
         self._pending_bases: list[int] = []  # sorted; those of the overlay's room `bases`
+        self._env: lmdb.Environment | None = None
+        self._next, self._reserved = 0, 0
         self.set_aside: tuple[str, str] | None = None
         try:
             os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -104,6 +119,8 @@ class IndexStore:
                 path=folder,
                 mend="--state-dir names another folder",
             ) from e
+        except lmdb.Error as e:
+            raise IndexStoreError(f"can't keep an index: {e}", path=folder) from e
         self._writer = threading.Thread(target=self._write, name="index-writer", daemon=True)
         self._writer.start()
 
@@ -114,7 +131,7 @@ class IndexStore:
             if os.path.exists(self._path):
                 self._check()
             self._attach(epoch_after)
-        except (lmdb.Error, CorruptIndexError, msgspec.MsgspecError) as e:
+        except (*_DAMAGED, CorruptIndexError, msgspec.MsgspecError) as e:
             self._put_aside(str(e))
             self._attach(epoch_after)
 
@@ -134,15 +151,31 @@ class IndexStore:
                 os.unlink(path)
 
     def _rebuild(self, reason: str) -> None:
-        """Begin anew under a live mount. What is pending stays pending and goes into the new index."""
-        self._env.close()
-        self._put_aside(reason)
-        self._attach(self.epoch)
+        """Begin anew under a live mount. What is pending stays pending and goes into the new index.
+
+        Where that can't be made (a full disk), the mount goes on without one, and the writer tries again.
+        """
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+        try:
+            self._put_aside(reason)
+            self._attach(self.epoch)
+        except (OSError, lmdb.Error) as e:
+            log.warning("no new index yet: %s", e)
 
     def _attach(self, epoch_after: int) -> None:
         size = os.path.getsize(self._path) if os.path.exists(self._path) else 0
         map_bytes = max(_FIRST_MAP_BYTES, 2 * size)
-        self._env = lmdb.open(
+        # LMDB maps its lock file: on a full disk the first touch of a hole would end the process.
+        lock = os.open(self._path + "-lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(lock, 0, _LOCK_FILE_BYTES)
+        finally:
+            os.close(lock)
+        # Without fsync in the commit, which would hold the lock; `flush` syncs after. Power lost in between may damage
+        # the file: the walk at the next open, and the seals, find that.
+        env = lmdb.open(
             self._path,
             subdir=False,
             map_size=map_bytes,
@@ -150,25 +183,45 @@ class IndexStore:
             mode=0o600,
             readahead=False,
             max_readers=512,
+            sync=False,
         )
         try:
-            self._rooms = {room: self._env.open_db(room) for room in _ROOMS}
-            with self._env.begin(write=True) as txn:
+            self._rooms = {room: env.open_db(room) for room in _ROOMS}
+            with env.begin(write=True) as txn:
                 raw = txn.get(b"meta", db=self._rooms[b"meta"])
                 if raw is None:
-                    meta = _Meta("weightfs", SCHEMA, self._source, new_epoch(epoch_after))
+                    meta = _Meta("weightfs", SCHEMA, self._source, new_epoch(max(epoch_after, self._last_epoch())))
                     txn.put(b"meta", _seal(b"meta", b"meta", msgspec.msgpack.encode(meta)), db=self._rooms[b"meta"])
                 else:
                     meta = msgspec.msgpack.decode(_unseal(b"meta", b"meta", bytes(raw)), type=_Meta)
                 self._judge(meta)
                 self.epoch = meta.epoch
-                self._next, self._reserved = 0, 0
+                self._note_epoch()
                 self._reserve(txn, 0)
+            env.sync(True)
         except BaseException:
-            self._env.close()
+            env.close()
             raise
+        self._env = env
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._marker)
+
+    def _last_epoch(self) -> int:
+        """The epoch of the index that was here before, also when that is unreadable or the clock went back."""
+        try:
+            with open(self._epoch_file) as file:
+                return int(file.read(20))
+        except (OSError, ValueError):
+            return 0
+
+    def _note_epoch(self) -> None:
+        if self._last_epoch() != self.epoch:
+            with open(self._epoch_file, "w") as file:
+                file.write(str(self.epoch))
+
+    @property
+    def _epoch_file(self) -> str:
+        return self._path + ".epoch"
 
     def _judge(self, meta: _Meta) -> None:
         if meta.product != "weightfs" or meta.source != self._source:
@@ -214,8 +267,7 @@ class IndexStore:
         """Reserve a run of `count` inode numbers and give its first."""
         with self._lock:
             if self._next + count > self._reserved:
-                with self._writing() as txn:
-                    self._reserve(txn, count)
+                self._writing(lambda txn: self._reserve(txn, count))
             first = inode_number(self.epoch, self._next)
             self._next += count
             return first
@@ -238,19 +290,12 @@ class IndexStore:
 
     def numbers_of(self, keys: Iterable[bytes]) -> dict[bytes, int]:
         """`number_of` for many keys in one transaction; keys without a number are left out."""
-        found: dict[bytes, int] = {}
-        with self._lock:
-            try:
-                with self._env.begin(db=self._rooms[b"keys"]) as txn:
-                    for key in keys:
-                        value = self._overlay.get((b"keys", key))
-                        if value is None and (sealed := txn.get(key)) is not None:
-                            value = _unseal(b"keys", key, sealed)
-                        if value is not None:
-                            found[key] = int.from_bytes(value, "big")
-            except (lmdb.Error, CorruptIndexError) as e:
-                self._rebuild(str(e))
-        return found
+
+        def read(txn: lmdb.Transaction) -> dict[bytes, int]:
+            values = ((key, self._find(txn, b"keys", key)) for key in keys)
+            return {key: int.from_bytes(value, "big") for key, value in values if value is not None}
+
+        return self._reading(read) or {}
 
     def entry(self, inode: int) -> EntryRecord | None:
         """How to find an inode; None for a number this index never gave out."""
@@ -283,17 +328,20 @@ class IndexStore:
         """Identity, path and name of the content in whose run of views `inode` may lie: that with the largest base not
         above it. The caller checks the length of the run."""
         wanted = inode.to_bytes(8, "big")
-        with self._lock:
+
+        def read(txn: lmdb.Transaction) -> bytes | None:
             at = bisect.bisect_right(self._pending_bases, inode)
             pending = self._pending_bases[at - 1].to_bytes(8, "big") if at else b""
-            with self._env.begin(db=self._rooms[b"bases"]) as txn, txn.cursor() as cursor:
+            with txn.cursor(db=self._rooms[b"bases"]) as cursor:
                 if cursor.set_range(wanted) and cursor.key() == wanted:
                     found = wanted
                 else:
                     moved = cursor.prev() if cursor.key() else cursor.last()
                     found = bytes(cursor.key()) if moved else b""
             best = max(pending, found)
-            value = self._get(b"bases", best) if best else None
+            return self._find(txn, b"bases", best) if best else None
+
+        value = self._reading(read)
         if value is None:
             return None
         path, name = msgspec.msgpack.decode(value[IDENTITY_BYTES:], type=tuple[bytes, str])
@@ -301,19 +349,44 @@ class IndexStore:
 
     def _record(self, room: bytes, key: bytes, kind: type[_Record]) -> _Record | None:
         value = self._get(room, key)
-        return msgspec.msgpack.decode(value, type=kind) if value is not None else None
+        if value is None:
+            return None
+        try:
+            return msgspec.msgpack.decode(value, type=kind)
+        except msgspec.MsgspecError as e:
+            with self._lock:
+                self._overlay.pop((room, key), None)
+                self._rebuild(f"a record of room {room.decode()} has an unknown form: {e}")
+            return None
 
     def _get(self, room: bytes, key: bytes) -> bytes | None:
+        if (value := self._overlay.get((room, key))) is not None:  # also where there is no index to read from
+            return value
+        return self._reading(lambda txn: self._find(txn, room, key))
+
+    def _find(self, txn: lmdb.Transaction, room: bytes, key: bytes) -> bytes | None:
+        value = self._overlay.get((room, key))
+        if value is None and (sealed := txn.get(key, db=self._rooms[room])) is not None:
+            value = _unseal(room, key, bytes(sealed))
+        return value
+
+    def _reading(self, read: Callable[[lmdb.Transaction], _T]) -> _T | None:
+        """Read in one transaction; None where the index can't be read just now, which is never an error to a caller."""
         with self._lock:
-            if (value := self._overlay.get((room, key))) is not None:
-                return value
-            try:
-                with self._env.begin(db=self._rooms[room]) as txn:
-                    sealed = txn.get(key)
-                return _unseal(room, key, sealed) if sealed is not None else None
-            except (lmdb.Error, CorruptIndexError) as e:
-                self._rebuild(str(e))
-                return None
+            for _ in range(3):
+                if self._env is None:
+                    break
+                try:
+                    with self._env.begin() as txn:
+                        return read(txn)
+                except lmdb.MapResizedError:
+                    self._env.set_mapsize(0)  # a daemon that shares it has made it grow
+                except (*_DAMAGED, CorruptIndexError) as e:
+                    self._rebuild(str(e))
+                except lmdb.Error as e:
+                    log.warning("index not read: %s", e)
+                    break
+        return None
 
     def _put(self, room: bytes, key: bytes, value: bytes) -> None:
         with self._lock:
@@ -323,14 +396,6 @@ class IndexStore:
             self._wake.set()
 
     # Writing
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[lmdb.Transaction]:
-        try:
-            with self._env.begin(write=True) as txn:
-                yield txn
-        except lmdb.Error as e:
-            raise IndexStoreError(str(e), path=self._path) from e
 
     def _write(self) -> None:
         while not self._closing:
@@ -349,35 +414,58 @@ class IndexStore:
                 time.sleep(1)
                 self._wake.set()
 
+    def _writing(self, write: Callable[[lmdb.Transaction], None]) -> None:
+        """Write in one transaction, under the lock as every other: growing the map ends those that are open.
+
+        Raises:
+            IndexStoreError: it could not be written.
+        """
+        with self._lock:
+            for _ in range(8):  # each turn doubles the map, or begins anew
+                try:
+                    if self._env is None:
+                        self._attach(self.epoch)
+                    assert self._env is not None
+                    with self._env.begin(write=True) as txn:
+                        write(txn)
+                    return
+                except lmdb.MapFullError:
+                    assert self._env is not None
+                    self._env.set_mapsize(2 * self._env.info()["map_size"])
+                except lmdb.MapResizedError:
+                    assert self._env is not None
+                    self._env.set_mapsize(0)
+                except (*_DAMAGED, CorruptIndexError) as e:
+                    self._rebuild(str(e))
+                except (OSError, lmdb.Error) as e:
+                    raise IndexStoreError(f"can't be written: {e}", path=self._path) from e
+        raise IndexStoreError("can't be written: it is damaged or full again and again", path=self._path)
+
     def flush(self) -> None:
         """Commit what is pending, with fsync.
 
         Raises:
             IndexStoreError: it could not be written; nothing is lost while the process lives.
         """
-        with self._lock:
-            group = dict(self._overlay)
-        if not group:
-            return
-        while True:
-            try:
-                with self._env.begin(write=True) as txn:
+        while self._overlay:
+            with self._lock:
+                group = dict(itertools.islice(self._overlay.items(), _GROUP))
+
+                def write(txn: lmdb.Transaction, group: dict[tuple[bytes, bytes], bytes] = group) -> None:
                     for (room, key), value in group.items():
                         txn.put(key, _seal(room, key, value), db=self._rooms[room])
-                break
-            except lmdb.MapFullError:
-                self._grow()
-            except lmdb.Error as e:
-                raise IndexStoreError(str(e), path=self._path) from e
-        with self._lock:
-            for entry, value in group.items():
-                if self._overlay.get(entry) is value:
-                    del self._overlay[entry]
-            self._pending_bases = sorted(int.from_bytes(key, "big") for room, key in self._overlay if room == b"bases")
 
-    def _grow(self) -> None:
-        with self._lock:  # set_mapsize wants no transaction open in this process: all of ours hold this lock
-            self._env.set_mapsize(2 * self._env.info()["map_size"])
+                self._writing(write)
+                for entry in group:
+                    del self._overlay[entry]
+        with self._lock:
+            if not self._overlay:
+                self._pending_bases.clear()
+        if (env := self._env) is not None:
+            try:
+                env.sync(True)
+            except lmdb.Error as e:
+                raise IndexStoreError(f"can't be written: {e}", path=self._path) from e
 
     def close(self) -> None:
         """Commit, close, and leave the mark that spares the next open its check."""
@@ -389,7 +477,10 @@ class IndexStore:
         except IndexStoreError as e:
             log.warning("index not written: %s", e)
         with self._lock:
+            if self._env is None:
+                return
             self._env.close()
+            self._env = None
         with contextlib.suppress(OSError), open(self._marker, "w") as marker:
             marker.write(_fingerprint(os.stat(self._path)))
 
@@ -415,6 +506,15 @@ def walk(path: str) -> int:
                 for key, sealed in txn.cursor():
                     _unseal(room, bytes(key), bytes(sealed))
                     records += 1
+    # What lists the free pages is read by writers only: write to every room, more than a page, and take it all back.
+    with lmdb.open(
+        path, subdir=False, map_size=2 * os.path.getsize(path) + _FIRST_MAP_BYTES, max_dbs=len(_ROOMS)
+    ) as env:
+        rooms = [env.open_db(room, create=False) for room in _ROOMS]
+        txn = env.begin(write=True)
+        for handle in rooms:
+            txn.put(b"\xff" * 32, bytes(5 * 4096), db=handle)
+        txn.abort()
     return records
 
 

@@ -148,7 +148,7 @@ class LocalSource:
         landing = os.path.normpath(os.path.join(folder, target))
         if landing != root and not landing.startswith(root.rstrip(b"/") + b"/"):
             raise ForbiddenError(f"symlink leads out of the source, to {os.fsdecode(target)}", path=os.fsdecode(path))
-        return os.path.relpath(landing, folder) if target.startswith(b"/") else target
+        return os.path.relpath(landing, folder) if _leaves_root(path, target) else target
 
     def follow(self, path: bytes) -> bytes | None:
         """See `Source`."""
@@ -212,6 +212,18 @@ class LocalSource:
         found = _filesystem_name(fd, name) or by_number
         with self._filesystems_lock:
             return self._filesystems.setdefault(device, found)
+
+
+def _leaves_root(path: bytes, target: bytes) -> bool:
+    """Whether a symlink's target leads above the root on its way, to which the mount has nothing above."""
+    if target.startswith(b"/"):
+        return True
+    depth = path.count(b"/")
+    for name in target.split(b"/"):
+        depth += {b"..": -1, b".": 0, b"": 0}.get(name, 1)
+        if depth < 0:
+            return True
+    return False
 
 
 def _filesystem_name(fd: int, name: bytes) -> bytes | None:
