@@ -63,6 +63,7 @@ class LocalSource:
         self._cached_is_immediate = self.filesystem_type in _NEVER_WAITS
         self._filesystems: dict[int, bytes] = {}
         self._filesystems_lock = threading.Lock()
+        self.fstat(self._root)  # names the filesystem before a symlink, which can't be asked, is the first of it
 
     def close(self) -> None:
         """Give the root descriptor back; descriptors from `open` stay valid."""
@@ -141,11 +142,13 @@ class LocalSource:
         fd = self._resolve(path, _PATH_ONLY, False)
         try:
             target = os.readlink(b"", dir_fd=fd)
+        except FileNotFoundError:  # what readlinkat says of a descriptor of anything else
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path) from None
         finally:
             os.close(fd)
         root = os.fsencode(self.name)
         folder = os.path.join(root, os.path.dirname(path))
-        landing = os.path.normpath(os.path.join(folder, target))
+        landing = os.path.realpath(os.path.join(folder, target))  # as the kernel would: `..` after symlinks in between
         if landing != root and not landing.startswith(root.rstrip(b"/") + b"/"):
             raise ForbiddenError(f"symlink leads out of the source, to {os.fsdecode(target)}", path=os.fsdecode(path))
         return os.path.relpath(landing, folder) if _leaves_root(path, target) else target
