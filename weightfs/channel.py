@@ -290,19 +290,18 @@ class Channel:
                     self._reply_error(unique, self._errno_of(e))
                 continue
             if self._settle(unique):
-                self._write([wire.OUT_HEADER.pack(wire.OUT_HEADER_BYTES + filled, 0, unique), buffer[:filled]])
                 self.bytes_read += filled
+                self._write([wire.OUT_HEADER.pack(wire.OUT_HEADER_BYTES + filled, 0, unique), buffer[:filled]])
 
     def _send_spliced(self, conduit: Conduit, unique: int, place: Place) -> None:
         if not self._settle(unique):
             conduit.drop()
             return
+        self.bytes_read += place.nbytes
         try:
             conduit.send()
         except OSError as e:
             self._refused(e)
-        else:
-            self.bytes_read += place.nbytes
 
     # To the kernel
 

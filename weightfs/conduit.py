@@ -87,4 +87,5 @@ class Conduit:
         for fd in (self._outlet, self._inlet):
             with contextlib.suppress(OSError):
                 os.close(fd)
+        self._outlet = self._inlet = -1
         self.usable = False

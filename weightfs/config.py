@@ -14,6 +14,7 @@ from typing import Any, Final
 from weightfs.errors import UsageError
 
 ENGINES: Final = ("auto", "passthrough", "portable")
+_LONGEST_S: Final = 86400.0
 _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
     "allow_other": (bool,),
     "deadline_s": (int, float),
@@ -54,8 +55,8 @@ class MountConfig:
         if self.log_level not in LOG_LEVELS:
             raise UsageError(f"log level {self.log_level!r} is none of {', '.join(LOG_LEVELS)}")
         for name in ("deadline_s", "attribute_timeout_s"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{name} must not be negative")
+            if not 0 <= getattr(self, name) <= _LONGEST_S:
+                raise UsageError(f"{name} must lie between 0 and {_LONGEST_S:g} seconds")
         if self.metrics_listen is not None:
             listen_address(self.metrics_listen)
 
@@ -102,13 +103,13 @@ def read_config(path: str) -> dict[str, Any]:
             raw = tomllib.load(file)
     except OSError as e:
         raise UsageError(f"can't read it: {os.strerror(e.errno or 0)}", path=path) from e
-    except tomllib.TOMLDecodeError as e:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise UsageError(f"is not TOML: {e}", path=path) from e
-    known = {field.name: field for field in dataclasses.fields(MountConfig)}
+    known = {field.name for field in dataclasses.fields(MountConfig)} - {"source", "mountpoint"}
     settings = {}
     for key, value in raw.items():
         name = key.replace("-", "_")
-        if name not in known or name in ("source", "mountpoint"):
+        if name not in known:
             raise UsageError(f"unknown key {key!r}", path=path, mend=f"keys are {', '.join(sorted(known))}")
         expected = _TYPES.get(name, (str,))
         if type(value) not in expected:

@@ -18,6 +18,7 @@ import itertools
 import logging
 import os
 import stat
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from weightfs.errors import (
     NotFoundError,
     ReadOnlyError,
     StaleError,
+    UnsupportedError,
 )
 from weightfs.formats import npy_header
 from weightfs.handles import HandleTable, Readable
@@ -52,6 +54,8 @@ log = logging.getLogger(__name__)
 TENSORS: Final = b".tensors"
 NPY: Final = b".npy"
 STATE: Final = b".weightfs"
+_GONE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV})
+"""What a path gives that was one to a file when it was looked up; the last two: a folder in it became a symlink."""
 _ACCESS_LISTS: Final = frozenset({b"system.posix_acl_access", b"system.posix_acl_default"})
 _XATTR: Final = b"user.weightfs."
 _READABLE_BITS: Final = 0o444
@@ -224,7 +228,7 @@ class Filesystem:
         path = self._tree.path(node)
         try:
             entry = await self._lstat(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, StaleError):
             entry = None
         if entry is None or (entry.inode_key != node.key and inode != ROOT_INODE):
             # Its name is gone or means another file now; whoever has it open still may ask.
@@ -336,6 +340,7 @@ class Filesystem:
         """
         node = self._source_node(inode)
         if node is None:
+            await self._view(inode)
             raise NotADirectoryEntryError("is no folder")
         if after == 0 or inode not in self._listings:
             self._listings[inode] = await self._list(node)
@@ -371,7 +376,7 @@ class Filesystem:
                 rows.append((child.name, await self._folder_attributes(child)))
         elif node.kind is Kind.VIEW_SET:
             root = self._node(node.parent)
-            views = await self._view_set(root, node.name)
+            views = await self._view_set(root, node.name, newest=True)
             if views is not None:
                 rows = await self._list_tensors(views, root.name)
         else:
@@ -441,25 +446,33 @@ class Filesystem:
         if node.kind is not Kind.SOURCE:
             raise IsADirectoryEntryError("is a folder")
         path = self._tree.path(node)
-        try:
-            fd, entry = self._source.open(path, cached_only=True)
-        except FileNotFoundError:
-            raise StaleError("its name is gone", path=os.fsdecode(path)) from None
-        except WouldBlockError:
-            try:
-                fd, entry = await self._wait(self._source.open, path)
-            except FileNotFoundError:
-                raise StaleError("its name is gone", path=os.fsdecode(path)) from None
+        fd, entry = await self._open_source(node, path)
         if entry.inode_key != node.key:
             os.close(fd)
             raise StaleError("its name means another file now", path=os.fsdecode(path))
         self._serve(inode, fd, lambda: (WholeFile(self._source, path, fd, entry), fd))
         return Opened(keep_cache=self._is_cached(inode, entry.identity))
 
+    async def _open_source(self, node: Node, path: bytes) -> tuple[int, SourceStat]:
+        """Open a file by name; a name that means something else by now makes the kernel look it up again."""
+        try:
+            try:
+                return self._source.open(path, cached_only=True)
+            except WouldBlockError:
+                return await self._wait_for_descriptor(path)
+        except UnsupportedError:
+            if (await self._lstat(path)).inode_key == node.key:
+                raise
+            raise StaleError("its name means something else now", path=os.fsdecode(path)) from None
+        except OSError as e:
+            if e.errno in _GONE:
+                raise StaleError("its name is gone", path=os.fsdecode(path)) from None
+            raise
+
     async def _open_view(self, inode: int) -> Opened:
         parsed, position, npy = await self._view(inode)
         await self._current(parsed)
-        fd, entry = await self._wait(self._source.open, parsed.path)
+        fd, entry = await self._wait_for_descriptor(parsed.path)
         if entry.identity != parsed.identity:
             os.close(fd)
             raise StaleError("its file has changed", path=os.fsdecode(parsed.path))
@@ -546,14 +559,38 @@ class Filesystem:
 
     async def _lstat(self, path: bytes) -> SourceStat:
         try:
-            return self._source.lstat(path, cached_only=True)
-        except WouldBlockError:
-            return await self._wait(self._source.lstat, path)
-        except NotADirectoryError:
-            raise NotFoundError(os.fsdecode(path)) from None
+            try:
+                return self._source.lstat(path, cached_only=True)
+            except WouldBlockError:
+                return await self._wait(self._source.lstat, path)
+        except NotADirectoryError:  # a folder above has become a file
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
         except OSError as e:
-            if e.errno in (errno.ELOOP, errno.EXDEV):  # a folder above has become a symlink
+            if e.errno in (errno.ELOOP, errno.EXDEV):
                 raise StaleError("a folder above it was replaced", path=os.fsdecode(path)) from None
+            raise
+
+    async def _wait_for_descriptor(self, path: bytes) -> tuple[int, SourceStat]:
+        """`_wait` for an open: a descriptor that comes after the deadline is closed by the thread that got it."""
+        lock = threading.Lock()
+        late = [False]
+        got: list[int] = []
+
+        def open_file() -> tuple[int, SourceStat]:
+            fd, entry = self._source.open(path)
+            with lock:
+                got.append(fd)
+                if late[0]:
+                    os.close(fd)
+            return fd, entry
+
+        try:
+            return await self._wait(open_file)
+        except (DeadlineError, trio.Cancelled):
+            with lock:
+                late[0] = True
+                for fd in got:
+                    os.close(fd)
             raise
 
     async def _wait(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

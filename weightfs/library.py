@@ -87,7 +87,7 @@ class Library:
         self._source = source
         self._index = index
         self._lock = threading.Lock()
-        self._runs: OrderedDict[bytes, ParsedFile] = OrderedDict()  # by identity
+        self._runs: OrderedDict[bytes, ParsedFile] = OrderedDict()  # by `_slot`
         self._bases: list[int] = []  # sorted; parallel to _by_base's keys
         self._by_base: dict[int, bytes] = {}
         self._sets: OrderedDict[tuple[object, ...], ViewSet | None] = OrderedDict()
@@ -111,17 +111,18 @@ class Library:
             OSError: the source failed.
         """
         identity = entry.identity
+        slot = _slot(identity, name)
         settled = time.time_ns() - max(entry.ctime_ns, entry.mtime_ns) > _SETTLED_NS
         with self._lock:
-            known = self._runs.get(identity)
+            known = self._runs.get(slot)
             if known is not None and known.path == path and (known.settled or not settled):
-                self._runs.move_to_end(identity)
+                self._runs.move_to_end(slot)
                 return known
-        record = self._index.file(identity) if settled else None
+        record = self._index.file(slot) if settled else None
         if record is None:
             record = self._parse(path, name, entry, known.record if known else None)
             if settled:
-                self._index.put_file(identity, record)
+                self._index.put_file(slot, record)
         if settled and record.base:
             self._index.put_owner(record.base, identity, path, name)
         layout = None if record.fault else record.layout(name)
@@ -154,8 +155,9 @@ class Library:
 
     def _remember(self, found: ParsedFile) -> None:
         with self._lock:
-            self._runs[found.identity] = found
-            self._runs.move_to_end(found.identity)
+            slot = _slot(found.identity, found.name)
+            self._runs[slot] = found
+            self._runs.move_to_end(slot)
             name = os.fsdecode(found.path)
             if found.record.fault:
                 reason, message, offset = found.record.fault
@@ -168,7 +170,7 @@ class Library:
             if found.record.base and found.record.base not in self._by_base:
                 bisect.insort(self._bases, found.record.base)
             if found.record.base:
-                self._by_base[found.record.base] = found.identity
+                self._by_base[found.record.base] = slot
             if len(self._runs) > _MAX_RUNS:
                 _, dropped = self._runs.popitem(last=False)
                 if self._by_base.pop(dropped.record.base, None) is not None:
@@ -195,7 +197,7 @@ class Library:
             found = self._runs.get(self._by_base[self._bases[at]]) if at >= 0 else None
         if found is None or not _holds(found.record, inode):
             owner = self._index.owner_of_view(inode)
-            record = self._index.file(owner[0]) if owner else None
+            record = self._index.file(_slot(owner[0], owner[2])) if owner else None
             if owner is None or record is None or not _holds(record, inode):
                 return None
             identity, path, name = owner
@@ -327,6 +329,11 @@ class Library:
             return parse_weight_map(read_exactly(fd)(0, entry.size))
         finally:
             os.close(fd)
+
+
+def _slot(identity: bytes, name: str) -> bytes:
+    """Where what a header says is kept: one content may lie under names of either format."""
+    return identity + (format_of(name) or "").encode()
 
 
 def _holds(record: FileRecord, inode: int) -> bool:

@@ -7,6 +7,7 @@ next ones are listed in the same trip: 2, 4, ... up to 32 of them.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -15,6 +16,7 @@ from weightfs.source.base import Source, SourceStat
 Rows = list[tuple[bytes, SourceStat]]
 
 _MOST_FOLDERS: Final = 32
+_FRESH_S: Final = 0.1  # what a walk takes for a few dozen folders; attributes grow old by as much
 _MOST_ROWS: Final = 4096  # held at once, all folders together
 
 
@@ -24,13 +26,15 @@ class ListAhead:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._ready: dict[bytes, tuple[bytes, Rows]] = {}
+        self._read_at = 0.0
         self._expected: bytes | None = None
         self._window = 0
 
     def take(self, path: bytes, identity: bytes) -> Rows | None:
         """What was listed ahead for a folder, if it still is the folder that was listed then."""
         found = self._ready.pop(path, None)
-        return found[1] if found is not None and found[0] == identity else None
+        is_fresh = time.monotonic() - self._read_at < _FRESH_S
+        return found[1] if found is not None and is_fresh and found[0] == identity else None
 
     def plan(self, path: bytes, following: Sequence[bytes]) -> Sequence[bytes]:
         """Which of the folders `following` this one in its parent's listing to read with it.
@@ -73,3 +77,4 @@ class ListAhead:
     def keep(self, ready: dict[bytes, tuple[bytes, Rows]]) -> None:
         """Hold what `read` listed ahead until it is asked for or the walk turns elsewhere."""
         self._ready.update(ready)
+        self._read_at = time.monotonic()

@@ -49,13 +49,18 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return root
 
 
-@pytest.fixture
-def state(source: str, tmp_path: Path, mounter: Mounter) -> str:
-    """The state folder of a mount that has ended cleanly."""
-    folder = f"{tmp_path}/state"
-    with mounter(source, state_dir=folder) as mount:
+@pytest.fixture(scope="module")
+def good_state(source: str, tmp_path_factory: pytest.TempPathFactory, module_mounter: Mounter) -> str:
+    folder = str(tmp_path_factory.mktemp("state"))
+    with module_mounter(source, state_dir=folder) as mount:
         check(mount, TENSORS)
     return folder
+
+
+@pytest.fixture
+def state(good_state: str, tmp_path: Path) -> str:
+    """The state folder of a mount that has ended."""
+    return str(shutil.copytree(good_state, f"{tmp_path}/state"))
 
 
 def overwrite(path: str, data: bytes) -> None:
@@ -122,9 +127,9 @@ def test_damaged_index_is_set_aside(source: str, state: str, mounter: Mounter, d
         assert mount.live()["headers_parsed"] == 0
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_any_page_garbled_gives_no_wrong_byte(source: str, state: str, mounter: Mounter, seed: int) -> None:
-    """Damage that the marks of a clean end do not betray, since neither size nor times change."""
+    """Damage that neither size nor modification time betrays."""
     path = files_of(state)
     stat, chosen = os.stat(path), random.Random(seed)
     with open(path, "r+b") as file:

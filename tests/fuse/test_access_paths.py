@@ -8,16 +8,14 @@ import errno
 import mmap
 import os
 import random
-import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from tests.helpers.models import write
 from tests.helpers.mounting import ENGINES, Mount, Mounter, needs_passthrough, refused, tolerating
+from tests.helpers.reading import MIB, WAYS, by_direct_read, by_read
 
-MIB = 1 << 20
 SIZE = 16 * MIB + 12_345
 DATA = random.Random(1).randbytes(SIZE)
 
@@ -46,108 +44,6 @@ def fd(mount: Mount) -> Iterator[int]:
     os.close(number)
 
 
-def by_read(fd: int) -> bytes:
-    os.lseek(fd, 0, os.SEEK_SET)
-    parts = []
-    while part := os.read(fd, 3 * MIB + 1):
-        parts.append(part)
-    return b"".join(parts)
-
-
-def by_preadv(fd: int) -> bytes:
-    found, at = bytearray(), 0
-    while True:
-        buffers = [bytearray(100_001), bytearray(1), bytearray(MIB)]
-        got = os.preadv(fd, buffers, at)
-        if not got:
-            return bytes(found)
-        found += b"".join(buffers)[:got]
-        at += got
-
-
-def by_readv(fd: int) -> bytes:
-    os.lseek(fd, 0, os.SEEK_SET)
-    buffers = [bytearray(SIZE // 7) for _ in range(8)]
-    found = bytearray()
-    while got := os.readv(fd, buffers):
-        found += b"".join(buffers)[:got]
-    return bytes(found)
-
-
-def by_shared_mmap(fd: int) -> bytes:
-    with mmap.mmap(fd, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ) as mapped:
-        return mapped[:]
-
-
-def by_private_mmap(fd: int) -> bytes:
-    with mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) as mapped:
-        return mapped[:]
-
-
-def by_populated_mmap(fd: int) -> bytes:
-    with mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE | mmap.MAP_POPULATE, prot=mmap.PROT_READ) as mapped:
-        return mapped[:]
-
-
-def by_sendfile(fd: int) -> bytes:
-    ours, theirs = socket.socketpair()
-
-    def send() -> None:
-        at = 0
-        while sent := os.sendfile(theirs.fileno(), fd, at, SIZE):
-            at += sent
-        theirs.close()
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    with ours:
-        parts = []
-        while part := ours.recv(MIB):
-            parts.append(part)
-    thread.join()
-    return b"".join(parts)
-
-
-def by_splice(fd: int) -> bytes:
-    reader, writer = os.pipe()
-    found, at = bytearray(), 0
-    try:
-        while moved := os.splice(fd, writer, 65536, offset_src=at):
-            at += moved
-            while moved:
-                part = os.read(reader, moved)
-                found += part
-                moved -= len(part)
-    finally:
-        os.close(reader)
-        os.close(writer)
-    return bytes(found)
-
-
-def by_copy_file_range(fd: int) -> bytes:
-    """To a file elsewhere. The kernel may refuse between filesystems (EXDEV), as cp expects; then cp reads."""
-    elsewhere = os.memfd_create("elsewhere")
-    try:
-        at = 0
-        with tolerating(errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP):
-            while copied := os.copy_file_range(fd, elsewhere, SIZE, offset_src=at):
-                at += copied
-        while sent := os.sendfile(elsewhere, fd, at, SIZE):
-            at += sent
-        return os.pread(elsewhere, SIZE + 1, 0)
-    finally:
-        os.close(elsewhere)
-
-
-WAYS: dict[str, Callable[[int], bytes]] = {
-    way.__name__: way
-    for way in (
-        by_read, by_preadv, by_readv, by_shared_mmap, by_private_mmap, by_populated_mmap, by_sendfile, by_splice,
-        by_copy_file_range,
-    )
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_same_bytes(fd: int, way: str) -> None:
     assert WAYS[way](fd) == DATA
@@ -157,12 +53,8 @@ def test_direct_reads(mount: Mount) -> None:
     """O_DIRECT, aligned as every filesystem wants it, into an aligned buffer."""
     fd = os.open(mount.path("file"), os.O_RDONLY | os.O_DIRECT)
     try:
+        assert by_direct_read(fd) == DATA
         with mmap.mmap(-1, 4 * MIB) as buffer:
-            found, at = bytearray(), 0
-            while got := os.preadv(fd, [buffer], at):
-                found += buffer[:got]
-                at += got
-            assert found == DATA
             for offset in (0, 4096, SIZE // 4096 * 4096):
                 with memoryview(buffer) as view, view[:4096] as page:
                     got = os.preadv(fd, [page], offset)
@@ -272,15 +164,26 @@ def test_locks(fd: int) -> None:
     fcntl.lockf(fd, fcntl.LOCK_UN)
 
 
+@pytest.fixture(scope="module")
+def passthrough(source: str, module_mounter: Mounter) -> Mount:
+    return module_mounter(source, "passthrough")
+
+
 @needs_passthrough
+@pytest.mark.parametrize("flags", [0, os.O_DIRECT], ids=["buffered", "direct"])
 @pytest.mark.parametrize("way", WAYS)
-def test_passthrough_reads_never_reach_us(mount: Mount, fd: int, way: str) -> None:
-    if mount.engine != "passthrough":
-        return
+def test_passthrough_reads_never_reach_us(passthrough: Mount, way: str, flags: int) -> None:
+    mount = passthrough
+    if flags and way in ("by_read", "by_preadv", "by_readv"):
+        way = "by_direct_read"
     mount.live()
     before = mount.live()
     idle = mount.live()
-    assert WAYS[way](fd) == DATA
+    fd = os.open(mount.path("file"), os.O_RDONLY | flags)
+    try:
+        assert {**WAYS, "by_direct_read": by_direct_read}[way](fd) == DATA
+    finally:
+        os.close(fd)
     after = mount.live()
     assert after["hints"] == idle["hints"]
     assert after["bytes_read"] - idle["bytes_read"] < 100_000

@@ -1,7 +1,7 @@
 """The index on disk: LMDB, one writer thread, every value sealed with a digest of its key and itself.
 
-Rooms (named databases): `meta`, `keys` (inode key -> number), `entries` (number -> EntryRecord), `files` (identity ->
-FileRecord), `bases` (first number of a run of views -> identity, path, name).
+Rooms (named databases): `meta`, `keys` (inode key -> number), `entries` (number -> EntryRecord), `files` (identity and
+format -> FileRecord), `bases` (first number of a run of views -> identity, path, name).
 
 Reads are short transactions on the caller's thread and return copies. Writes go into an overlay that reads see at
 once, and a thread commits them in groups and syncs, so no caller waits for the disk; a daemon that dies loses at most
@@ -309,13 +309,13 @@ class IndexStore:
         """Give a key its number for ever."""
         self._put(b"keys", key, inode.to_bytes(8, "big"))
 
-    def file(self, identity: bytes) -> FileRecord | None:
+    def file(self, content: bytes) -> FileRecord | None:
         """What the header of this very content said."""
-        return self._record(b"files", identity, FileRecord)
+        return self._record(b"files", content, FileRecord)
 
-    def put_file(self, identity: bytes, record: FileRecord) -> None:
+    def put_file(self, content: bytes, record: FileRecord) -> None:
         """Remember a parsed header."""
-        self._put(b"files", identity, msgspec.msgpack.encode(record))
+        self._put(b"files", content, msgspec.msgpack.encode(record))
 
     def put_owner(self, base: int, identity: bytes, path: bytes, name: str) -> None:
         """Remember which content a run of views belongs to, and where and as what that was last seen."""
