@@ -28,6 +28,7 @@ from weightfs.formats import (
     parse_weight_map,
 )
 from weightfs.formats.layout import WeightLayout
+from weightfs.formats.shards import MAX_INDEX_BYTES
 from weightfs.index.schema import FileRecord
 from weightfs.index.store import IndexStore
 from weightfs.model import read_exactly
@@ -41,7 +42,6 @@ _MAX_RUNS: Final = 4096  # parsed files kept in memory
 _MAX_SETS: Final = 256
 _MAX_FAULTS: Final = 1024
 _RECENT_S: Final = 1.0
-_MAX_WEIGHT_MAP_BYTES: Final = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,8 +320,8 @@ class Library:
         return (path, self._source.lstat(path)) if path is not None else None
 
     def _weight_map(self, path: bytes, entry: SourceStat) -> Mapping[str, str]:
-        if entry.size > _MAX_WEIGHT_MAP_BYTES:
-            raise FormatError("weight-map", f"is larger than {_MAX_WEIGHT_MAP_BYTES} bytes", offset=0)
+        if entry.size > MAX_INDEX_BYTES:
+            raise FormatError("index-length", f"has {entry.size} bytes, {MAX_INDEX_BYTES} at most", offset=0)
         fd, opened = self._source.open(path)
         try:
             if opened.identity != entry.identity:

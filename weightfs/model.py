@@ -18,6 +18,7 @@ from weightfs.formats import (
     parse_header,
     parse_weight_map,
 )
+from weightfs.formats.shards import MAX_INDEX_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +117,12 @@ def verify(path: str) -> Iterator[Verdict]:
         for name, files in _sets(folder).items():
             verdicts = [_verdict(os.path.join(folder, file)) for file in files]
             yield from verdicts
-            if all(verdict.ok for verdict in verdicts):
-                try:
-                    check_shards(files)
+            try:
+                check_shards(files)
+                if all(verdict.ok for verdict in verdicts):
                     _merged(folder, name, files)
-                except FormatError as e:
-                    yield Verdict(e.path or folder, (e,))
+            except FormatError as e:
+                yield Verdict(e.path or folder, (e,))
 
 
 def _verdict(path: str) -> Verdict:
@@ -153,7 +154,10 @@ def _merged(folder: str, name: str, files: tuple[str, ...]) -> WeightLayout:
     try:
         if os.path.exists(index):
             with _regular(index) as file:
-                weight_map = parse_weight_map(read_exactly(file)(0, os.fstat(file).st_size))
+                size = os.fstat(file).st_size
+                if size > MAX_INDEX_BYTES:
+                    raise FormatError("index-length", f"has {size} bytes, {MAX_INDEX_BYTES} at most", offset=0)
+                weight_map = parse_weight_map(read_exactly(file)(0, size))
     except IntegrityError as e:
         e.path = index
         raise

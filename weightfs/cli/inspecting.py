@@ -13,7 +13,7 @@ from rich.text import Text
 
 from weightfs import model
 from weightfs.cli.mounting import Json, end, start
-from weightfs.cli.output import emit, human_bytes, reporting, say
+from weightfs.cli.output import emit, human_bytes, printable, reporting, say
 from weightfs.doctor import examine
 from weightfs.errors import IntegrityError, UnfitError, WeightfsError
 from weightfs.formats.layout import TensorExtent, WeightLayout
@@ -66,15 +66,11 @@ def _print_layout(name: str, layout: WeightLayout) -> None:
             f"{tensor.nbytes:,}", place, tensor.file, f"{tensor.offset:,}",
         )  # fmt: skip
         # Text, not markup; and names are a stranger's bytes, which must not steer the terminal.
-        table.add_row(*(Text(_printable(cell)) for cell in cells))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     width = None if sys.stdout.isatty() else 200
     Console(width=width, highlight=False).print(table)
     count, files = len(layout.tensors), len(layout.files)
-    say(f"{_printable(name)}: {count} tensors, {human_bytes(layout.nbytes)} in {files} file{'s' * (files != 1)}")
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    say(f"{printable(name)}: {count} tensors, {human_bytes(layout.nbytes)} in {files} file{'s' * (files != 1)}")
 
 
 def verify(
@@ -94,7 +90,7 @@ def verify(
             for verdict in faulty:
                 for fault in verdict.faults:
                     where = f"(at byte {fault.offset})"
-                    say(f"{_printable(verdict.path)}: {fault.reason}: {_printable(fault.message)} {where}")
+                    say(f"{printable(verdict.path)}: {fault.reason}: {printable(fault.message)} {where}")
             say(f"{len(verdicts)} files, {len(faulty)} with a fault")
     if faulty:
         sys.exit(IntegrityError.exit_code)

@@ -30,7 +30,7 @@ def fail(error: WeightfsError, *, as_json: bool) -> NoReturn:
     if as_json:
         emit({"error": {"code": error.code, "message": error.message, "path": error.path, "mend": error.mend}})
     line = f"weightfs: {error}" + (f"; {error.mend}" if error.mend else "")
-    sys.stderr.write(line.encode("utf-8", "backslashreplace").decode() + "\n")
+    sys.stderr.write(printable(line) + "\n")
     sys.exit(error.exit_code)
 
 
@@ -42,6 +42,11 @@ def reporting(*, as_json: bool) -> Iterator[None]:
     except WeightfsError as e:
         logging.getLogger("weightfs").debug("failed", exc_info=e)
         fail(e, as_json=as_json)
+
+
+def printable(text: str) -> str:
+    """Text on one line that can't steer a terminal: names of files and tensors are a stranger's bytes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
 def human_bytes(count: int) -> str:
