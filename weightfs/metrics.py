@@ -28,7 +28,9 @@ class _Collector(Collector):
         info = GaugeMetricFamily(
             "weightfs_mount_info", "One mount, always 1", labels=["mountpoint", "source", "engine"]
         )
-        info.add_metric([status["mountpoint"], status["source"], status["engine"]], 1)
+        # Prometheus text is UTF-8, paths need not be.
+        labels = (str(status[key]) for key in ("mountpoint", "source", "engine"))
+        info.add_metric([label.encode("utf-8", "backslashreplace").decode() for label in labels], 1)
         yield info
         yield GaugeMetricFamily("weightfs_uptime_seconds", "Since the daemon started", status["uptime_s"])
         yield GaugeMetricFamily("weightfs_open_inodes", "Files open through the mount", status["open_inodes"])
