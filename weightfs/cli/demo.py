@@ -52,9 +52,9 @@ def _show(folder: str, *, quiet: bool) -> dict[str, Any]:
     try:
         shown = os.path.join(mountpoint, "demo-llama")
         bare = _loader("load", os.path.join(source, "demo-llama"))
-        before = _reads(mountpoint)
+        first, before = _reads(mountpoint), _reads(mountpoint)
         through = _loader("load", shown)
-        reads = _reads(mountpoint) - before - 1  # asking is a read too
+        reads = _reads(mountpoint) - before - (before - first)  # asking takes reads, too
         if any(bare[key] != through[key] for key in ("nbytes", "tensors_sha256", "logits_sha256")):
             raise IntegrityError("the mount gave other weights than the folder", path=shown)
         for library in ("safetensors", "transformers"):
