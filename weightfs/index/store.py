@@ -200,6 +200,7 @@ class IndexStore:
                 self._reserve(txn, 0)
             env.sync(True)
         except BaseException:
+            self._next = self._reserved = 0
             env.close()
             raise
         self._env = env
@@ -216,8 +217,12 @@ class IndexStore:
 
     def _note_epoch(self) -> None:
         if self._last_epoch() != self.epoch:
-            with open(self._epoch_file, "w") as file:
+            fresh = self._epoch_file + ".new"
+            with open(fresh, "w") as file:
                 file.write(str(self.epoch))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(fresh, self._epoch_file)
 
     @property
     def _epoch_file(self) -> str:
@@ -267,7 +272,12 @@ class IndexStore:
         """Reserve a run of `count` inode numbers and give its first."""
         with self._lock:
             if self._next + count > self._reserved:
-                self._writing(lambda txn: self._reserve(txn, count))
+                try:
+                    self._writing(lambda txn: self._reserve(txn, count))
+                    self._sync()
+                except IndexStoreError:
+                    self._next = self._reserved = 0  # what is not on disk must not be given out
+                    raise
             first = inode_number(self.epoch, self._next)
             self._next += count
             return first
@@ -461,6 +471,9 @@ class IndexStore:
         with self._lock:
             if not self._overlay:
                 self._pending_bases.clear()
+        self._sync()
+
+    def _sync(self) -> None:
         if (env := self._env) is not None:
             try:
                 env.sync(True)
