@@ -10,10 +10,8 @@ import sys
 import threading
 from collections.abc import Iterable
 
-import lmdb
 import pytest
 
-from tests.unit.support import python
 from weightfs.formats.layout import Role
 from weightfs.index import store
 from weightfs.index.schema import EntryRecord, FileRecord, Kind
@@ -192,87 +190,6 @@ def test_owner_of_view_of_an_empty_index(index: IndexStore) -> None:
     assert index.owner_of_view(1 << 40) is None
 
 
-def test_the_map_grows_beyond_its_first_size(state: str) -> None:
-    big = FileRecord(1, "gguf", [], {"blob": "x" * (1 << 20)}, False, None)
-    for turn in range(2):  # into a new index, and into one that has grown before
-        index = IndexStore(state, "source")
-        for number in range(24 * turn, 24 * turn + 24):
-            index.put_file(bytes([number]) * 16, big)
-        index.close()
-        assert os.path.getsize(index._path) > (turn + 1) * store._FIRST_MAP_BYTES
-    again = IndexStore(state, "source")
-    assert all(again.file(bytes([number]) * 16) == big for number in range(48))
-    assert again.set_aside is None
-    again.close()
-
-
-def test_a_flush_beside_the_writers_own_while_the_map_grows(state: str) -> None:
-    """In a child: where this goes wrong it may also hang."""
-    code = """
-import logging, sys
-from weightfs.index import store
-from weightfs.index.schema import FileRecord
-logging.disable()
-store._QUIET_S = 0.0
-store._FIRST_MAP_BYTES = 1 << 20
-index = store.IndexStore(sys.argv[1], "source")
-big = FileRecord(1, "gguf", [], {"blob": "x" * (1 << 20)}, False, None)
-for number in range(100):
-    index.put_file(bytes([number]) * 16, big)
-    if number % 2 == 0:
-        index.flush()
-index.flush()
-assert all(index.file(bytes([number]) * 16) == big for number in range(100))
-index.close()
-"""
-    done = python(code, state, timeout_s=30)
-    assert done.returncode == 0, done.stderr
-
-
-def test_taking_numbers_when_the_map_is_full_makes_it_grow(index: IndexStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    reserve, full = index._reserve, [lmdb.MapFullError("full")]
-
-    def full_once(txn: lmdb.Transaction, count: int) -> None:
-        if full:
-            raise full.pop()
-        reserve(txn, count)
-
-    monkeypatch.setattr(index, "_reserve", full_once)
-    assert index.take(2 * store._BLOCK) >> 32 == index.epoch
-
-
 def test_folder_and_file_are_private(state: str, index: IndexStore) -> None:
     assert stat.S_IMODE(os.stat(state).st_mode) == 0o700
     assert stat.S_IMODE(os.stat(index._path).st_mode) == 0o600
-
-
-def test_taking_numbers_grows_the_map_while_the_writer_commits(state: str) -> None:
-    """In a child: growing ends the writer's transaction, and whoever wants the next one may wait for ever."""
-    code = """
-import logging, sys
-import lmdb
-from weightfs.index import store
-from weightfs.index.schema import EntryRecord, Kind
-logging.disable()
-store._QUIET_S = 0.0
-index = store.IndexStore(sys.argv[1], "source")
-reserve, full = index._reserve, []
-def full_each_time(txn, count):
-    if full:
-        raise full.pop()
-    reserve(txn, count)
-index._reserve = full_each_time
-entry = EntryRecord(Kind.SOURCE, 1, b"a", b"x" * 400)
-for turn in range(8):
-    for number in range(2000):
-        index.put_entry(2000 * turn + number, entry)
-        if number == 1000:
-            full.append(lmdb.MapFullError("full"))
-            index.take(store._BLOCK)
-index.flush()
-assert all(index.entry(number) == entry for number in range(16000))
-assert index.set_aside is None
-index.close()
-"""
-    done = python(code, state, timeout_s=30)
-    assert done.returncode == 0, done.stderr[-1500:]

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from weightfs import mounts
-from weightfs.cli.output import emit, human_bytes, reporting, say
+from weightfs.cli.output import emit, human_bytes, printable, reporting, say
 from weightfs.config import MountConfig, mount_config
 from weightfs.errors import BusyError, WeightfsError
 
@@ -232,7 +232,7 @@ def status(
 
 
 def _show(said: dict[str, Any]) -> None:
-    say(f"{said['mountpoint']} ({said['source']})")
+    say(f"{printable(said['mountpoint'])} ({printable(said['source'])})")
     if said["engine"] is None:
         say("  does not answer")
         return
@@ -244,8 +244,8 @@ def _show(said: dict[str, Any]) -> None:
     for why, count in said["passthrough_refused"].items():
         say(f"  refused    passthrough for {count} opens: {why}")
     for path in said["changed_in_place"]:
-        say(f"  changed    {path} was written to while it is open")
+        say(f"  changed    {printable(path)} was written to while it is open")
     for fault in said["faults"]:
-        say(f"  fault      {fault['path']}: {fault['message']} (at byte {fault['offset']})")
+        say(f"  fault      {printable(fault['path'])}: {printable(fault['message'])} (at byte {fault['offset']})")
     if said["index"]["set_aside"]:
         say(f"  index      {said['index']['set_aside'][0]} was unusable: {said['index']['set_aside'][1]}")
