@@ -13,6 +13,10 @@ the kernel. Requests and replies pass through here as they are, with these excep
                     answer is that there is no more, is answered here
     INTERRUPT       dropped: nothing here can be interrupted, and libfuse would never find a READ's request
 
+A successor's pyfuse3 is given the INIT that its predecessor was given, and its reply goes nowhere. Then the kernel is
+asked to send again what it had no answer to. A request that comes again after two daemons died is answered EIO: it may
+be what they died of.
+
 Every request has a deadline: one that is not answered by then is answered EIO, and its late reply is dropped.
 
 Replies wait in the pair's buffer, and libfuse drops a reply that finds it full. So what may be under way is bounded:
@@ -31,7 +35,7 @@ import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -39,7 +43,9 @@ import trio
 
 from weightfs import wire
 from weightfs.conduit import Conduit
+from weightfs.errors import UnfitError
 from weightfs.handles import HandleTable, OpenInode, Place, Readable
+from weightfs.ledger import Ledger
 from weightfs.wire import Opcode
 
 log = logging.getLogger(__name__)
@@ -59,6 +65,9 @@ _SO_RCVBUFFORCE: Final = 33
 _NO_REPLY: Final = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET})
 _NOT_WANTED: Final = frozenset({Opcode.FLUSH, Opcode.OPENDIR})
 _TICK_S: Final = 0.25
+_DRAIN_S: Final = 0.3
+_POISONED: Final = 2  # deaths
+_LOST_IDS: Final = 64  # backing ids above the last one noted that a daemon may have made and not noted as it died
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +106,7 @@ class Channel:
         listing_end: the cookie behind which a folder's listing, as last given, has no more entries; None if not known.
         reopen: attaches what serves an inode whose handle is known to the kernel but not to this process.
         errno_of: the errno for an exception; the table belongs to the FUSE adapter.
+        ledger: what a predecessor left and a successor needs.
 
     Attributes:
         passthrough: whether the kernel agreed; None before INIT.
@@ -104,6 +114,7 @@ class Channel:
         bytes_read: bytes given in READ replies.
         fallbacks: files the kernel would not read by itself, by errno.
         expired: requests answered EIO at their deadline.
+        poisoned: requests answered EIO because two daemons died with them.
         hints: READs of files that the kernel reads by itself: `readahead` and WILLNEED through the mount, which fill a
             second cache that nobody reads.
     """
@@ -115,6 +126,7 @@ class Channel:
         listing_end: Callable[[int], int | None],
         reopen: Callable[[int], Awaitable[object]],
         errno_of: Callable[[BaseException], int],
+        ledger: Ledger,
         config: ChannelConfig,
     ) -> None:
         self._kernel = kernel_fd
@@ -123,6 +135,7 @@ class Channel:
         self._listing_end = listing_end
         self._reopen = reopen
         self._errno_of = errno_of
+        self._ledger = ledger
         self._config = config
         self._theirs, self._ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self._theirs, self._ours):
@@ -139,19 +152,33 @@ class Channel:
         self._jobs: queue.SimpleQueue[tuple[int, Readable, int, int, int] | None] = queue.SimpleQueue()
         self.passthrough: bool | None = None
         self.ready = trio.Event()
+        self._retiring = trio.CancelScope()
         self.requests: Counter[int] = Counter()
         self.fallbacks: Counter[int] = Counter()
         self.bytes_read = 0
         self.expired = 0
+        self.poisoned = 0
         self.hints = 0
+
+    @property
+    def resends(self) -> bool:
+        """Whether the kernel sends again what a daemon that died had not answered (Linux 6.9)."""
+        return bool(_flags2(self._ledger.init_request) & wire.FUSE2_HAS_RESEND)
 
     @property
     def mountpoint(self) -> str:
         """What pyfuse3 is to be given as mountpoint."""
         return f"/dev/fd/{self._theirs.fileno()}"
 
-    async def run(self) -> None:
-        """Carry messages until the filesystem is unmounted."""
+    async def run(self, may_read: Callable[[], Awaitable[Sequence[int]]]) -> None:
+        """Carry messages until the filesystem is unmounted, or `retire`.
+
+        `may_read` returns once no other daemon reads the kernel's requests, and gives backing ids that a predecessor
+        left behind; before it, pyfuse3 has answered INIT if that is known already.
+
+        Raises:
+            UnfitError: INIT would be answered differently from what the kernel was told.
+        """
         threads = [
             threading.Thread(target=self._answer_reads, name=f"read-{number}", daemon=True)
             for number in range(self._config.threads)
@@ -161,12 +188,48 @@ class Channel:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._carry_replies)
+                if self._ledger.init_request:
+                    await self._repeat_init(self._ledger.init_request)
+                left_behind = await may_read()
+                if self._ledger.init_request:
+                    self._resume(left_behind)
                 nursery.start_soon(self._watch_deadlines)
-                await self._carry_requests(nursery)
+                with self._retiring:
+                    await self._carry_requests(nursery)
+                if self._retiring.cancelled_caught:
+                    await self._drain()
                 nursery.cancel_scope.cancel()
         finally:
             for _ in threads:
                 self._jobs.put(None)
+
+    def retire(self) -> None:
+        """Read no more; `run` returns when what was read is answered, or soon. What is not comes to the successor."""
+        self._retiring.cancel()
+
+    async def _drain(self) -> None:
+        with trio.move_on_after(_DRAIN_S):
+            while self._pending:  # noqa: ASYNC110 - threads settle too, and can't set an event
+                await trio.sleep(0.005)
+
+    async def _repeat_init(self, message: bytes) -> None:
+        buffer = bytearray(message)
+        _, opcode, unique, nodeid = wire.IN_HEADER.unpack_from(buffer)
+        await self._forward(opcode, unique, nodeid, buffer, memoryview(buffer))
+        with trio.fail_after(self._config.deadline_s):
+            await self.ready.wait()
+
+    def _resume(self, left_behind: Sequence[int]) -> None:
+        """Take over what the kernel believes of a predecessor."""
+        if not self._ledger.is_answered:
+            self._write([self._ledger.init_reply])  # ENOENT where the predecessor did it before it died
+            self._ledger.init_answered()
+        if self.passthrough:
+            last = self._ledger.last_backing_id
+            for number in (*left_behind, *range(last + 1, last + 1 + _LOST_IDS)):
+                self._close_backing_id(number)
+        if self.resends:
+            self._write([wire.NOTIFY_RESEND])
 
     def close(self) -> None:
         """Close both ends of the pair; pyfuse3 must be through with its own."""
@@ -193,7 +256,9 @@ class Channel:
                 raise
             _, opcode, unique, nodeid = wire.IN_HEADER.unpack_from(buffer)
             self.requests[opcode] += 1
-            if opcode == Opcode.READ:
+            if unique & wire.UNIQUE_RESEND and opcode != Opcode.RELEASE and self._is_poison(opcode, unique, nodeid):
+                self._reply_error(unique, errno.EIO)
+            elif opcode == Opcode.READ:
                 self._take_read(nursery, buffer, unique, nodeid)
             elif opcode == Opcode.RELEASE:
                 (handle,) = struct.unpack_from("<Q", buffer, wire.IN_HEADER_BYTES)
@@ -206,6 +271,13 @@ class Channel:
             elif opcode != Opcode.INTERRUPT:
                 await self._forward(opcode, unique, nodeid, buffer, view[:size])
 
+    def _is_poison(self, opcode: int, unique: int, nodeid: int) -> bool:
+        if self._ledger.deaths_seen(unique & ~wire.UNIQUE_RESEND) < _POISONED:
+            return False
+        self.poisoned += 1
+        log.error("request %d of inode %#x has seen %d daemons die: answered EIO", opcode, nodeid, _POISONED)
+        return True
+
     def _is_at_end(self, nodeid: int, buffer: bytearray) -> bool:
         _, cookie, _ = wire.READ_IN.unpack_from(buffer, wire.IN_HEADER_BYTES)
         return bool(cookie) and self._listing_end(nodeid) == cookie
@@ -217,14 +289,13 @@ class Channel:
             expires = trio.current_time() + self._config.deadline_s
             self._pending[unique] = _Pending(opcode, nodeid, reserved, expires)
         if opcode == Opcode.OPEN:
-            self._handles.add(nodeid, unique)
+            self._handles.add(nodeid, _handle_of(unique))
         elif opcode in (Opcode.READDIR, Opcode.READDIRPLUS):
             struct.pack_into("<Q", buffer, wire.IN_HEADER_BYTES, nodeid)
         elif opcode == Opcode.INIT:
-            flags, flags2 = struct.unpack_from("<I", buffer, wire.INIT_IN_FLAGS_AT)[0], 0
-            if flags & wire.FUSE_INIT_EXT:
-                (flags2,) = struct.unpack_from("<I", buffer, wire.INIT_IN_FLAGS2_AT)
-            self.passthrough = self._config.passthrough and bool(flags2 & wire.FUSE2_PASSTHROUGH)
+            if not self._ledger.init_request:
+                self._ledger.init_request = bytes(message)
+            self.passthrough = self._config.passthrough and bool(_flags2(message) & wire.FUSE2_PASSTHROUGH)
         while True:
             try:
                 self._ours.send(message)
@@ -240,7 +311,10 @@ class Channel:
 
     def _settle(self, unique: int) -> _Pending | None:
         """End a request, once: None for whoever comes second."""
-        return self._pending.pop(unique, None)
+        pending = self._pending.pop(unique, None)
+        if pending is not None and unique & wire.UNIQUE_RESEND:
+            self._ledger.resent_answered(unique & ~wire.UNIQUE_RESEND)
+        return pending
 
     def _give_back(self, pending: _Pending) -> None:
         self._reserve_bytes += pending.reserved_bytes
@@ -322,17 +396,35 @@ class Channel:
                 continue  # its deadline has passed
             self._give_back(pending)
             if pending.opcode == Opcode.OPEN:
-                if error:
-                    self._handles.discard(pending.nodeid, unique)
-                else:
-                    self._patch_open(buffer, unique, pending.nodeid)
+                self._carry_open(buffer, view[:size], error, unique, pending.nodeid)
             elif pending.opcode == Opcode.INIT and not error:
                 self._patch_init(buffer)
-            delivered = self._write([view[:size]])
-            if pending.opcode == Opcode.OPEN and not error and not delivered:
-                self._handles.discard(pending.nodeid, unique)  # nobody is left to release it
-            if pending.opcode == Opcode.INIT and not error:
-                self.ready.set()
+                self._carry_init(view[:size])
+            else:
+                self._write([view[:size]])
+
+    def _carry_open(self, buffer: bytearray, message: memoryview, error: int, unique: int, nodeid: int) -> None:
+        handle = _handle_of(unique)
+        if error:
+            self._handles.discard(nodeid, handle)
+            self._write([message])
+        elif not self._patch_open(buffer, handle, nodeid):
+            self._handles.discard(nodeid, handle)
+            self._reply_error(unique, errno.ENFILE)
+        elif not self._write([message]):
+            self._handles.discard(nodeid, handle)  # nobody is left to release it
+
+    def _carry_init(self, message: memoryview) -> None:
+        if not self._ledger.init_reply:
+            self._ledger.init_reply = bytes(message)
+            self._write([message])
+            self._ledger.init_answered()
+        elif self._ledger.init_reply != message:
+            raise UnfitError(
+                "this version would negotiate something else with the kernel than the running one did",
+                mend="umount it, then mount again",
+            )
+        self.ready.set()
 
     def _patch_init(self, buffer: bytearray) -> None:
         at = wire.OUT_HEADER_BYTES
@@ -350,25 +442,29 @@ class Channel:
         struct.pack_into("<HH", buffer, at + wire.INIT_MAX_BACKGROUND_AT, background, background * 3 // 4)
         struct.pack_into("<I", buffer, at + wire.INIT_MAX_WRITE_AT, 4096)
         struct.pack_into("<H", buffer, at + wire.INIT_MAX_PAGES_AT, _READ_BYTES // 4096)
+        if self.resends:
+            flags2 |= wire.FUSE2_HAS_RESEND
         if self.passthrough:
             flags2 |= wire.FUSE2_PASSTHROUGH
             struct.pack_into("<I", buffer, at + wire.INIT_STACK_DEPTH_AT, self._config.stack_depth)
         struct.pack_into("<I", buffer, at + wire.INIT_FLAGS2_AT, flags2)
 
-    def _patch_open(self, buffer: bytearray, unique: int, nodeid: int) -> None:
+    def _patch_open(self, buffer: bytearray, handle: int, nodeid: int) -> bool:
+        """Complete the reply to an OPEN; False when its handle can't be noted for a successor."""
         _, flags, _ = wire.OPEN_OUT.unpack_from(buffer, wire.OUT_HEADER_BYTES)
         flags |= wire.FOPEN_NOFLUSH
         backing_id = 0
         entry = self._handles.get(nodeid)
-        if self.passthrough and entry is not None and entry.backing_fd is not None:
-            if not entry.settled:
+        if entry is not None:
+            if self.passthrough and not entry.settled and entry.backing_fd is not None:
                 entry.backing_id = self._open_backing(entry.backing_fd)
+            if not self._handles.settle(nodeid, entry):
+                return False
             if entry.backing_id is not None:
                 backing_id = entry.backing_id
                 flags = flags & ~wire.FOPEN_KEEP_CACHE | wire.FOPEN_PASSTHROUGH
-        if entry is not None:
-            entry.settled = True
-        wire.OPEN_OUT.pack_into(buffer, wire.OUT_HEADER_BYTES, unique, flags, backing_id)
+        wire.OPEN_OUT.pack_into(buffer, wire.OUT_HEADER_BYTES, handle, flags, backing_id)
+        return self._handles.answer(nodeid, handle)
 
     def _open_backing(self, fd: int) -> int | None:
         try:
@@ -383,8 +479,11 @@ class Channel:
 
     def _close_backing(self, entry: OpenInode) -> None:
         if entry.backing_id is not None:
-            with contextlib.suppress(OSError):  # unmounted: the kernel has closed it itself
-                fcntl.ioctl(self._kernel, wire.BACKING_CLOSE, struct.pack("<I", entry.backing_id))
+            self._close_backing_id(entry.backing_id)
+
+    def _close_backing_id(self, number: int) -> None:
+        with contextlib.suppress(OSError):  # unmounted: the kernel has closed it itself
+            fcntl.ioctl(self._kernel, wire.BACKING_CLOSE, struct.pack("<I", number))
 
     def _reply_error(self, unique: int, number: int) -> None:
         self._write([wire.OUT_HEADER.pack(wire.OUT_HEADER_BYTES, -number, unique)])
@@ -406,6 +505,7 @@ class Channel:
 
     async def _watch_deadlines(self) -> None:
         while True:
+            self._ledger.beat()
             await trio.sleep(_TICK_S)
             now = trio.current_time()
             for unique, pending in list(self._pending.items()):
@@ -413,9 +513,22 @@ class Channel:
                     self._give_back(pending)
                     self.expired += 1
                     if pending.opcode == Opcode.OPEN:
-                        self._handles.discard(pending.nodeid, unique)
+                        self._handles.discard(pending.nodeid, _handle_of(unique))
                     self._reply_error(unique, errno.EIO)
                     log.warning("request %d of inode %#x had no answer in time", pending.opcode, pending.nodeid)
+
+
+def _flags2(init: bytes | memoryview) -> int:
+    """The upper half of the flags that the kernel offers in INIT; 0 where it has none."""
+    if len(init) < wire.INIT_IN_FLAGS2_AT + 4:
+        return 0
+    flags, flags2 = struct.unpack_from("<II", init, wire.INIT_IN_FLAGS_AT)
+    return int(flags2) if flags & wire.FUSE_INIT_EXT else 0
+
+
+def _handle_of(unique: int) -> int:
+    """An OPEN's handle: its number, whether it came again or not."""
+    return unique & ~wire.UNIQUE_RESEND
 
 
 def _reply_bytes(opcode: int, buffer: bytearray) -> int:

@@ -70,6 +70,12 @@ class MountConfig:
         """Where this mount keeps what it remembers."""
         return self.state_dir or default_state_dir(self.source)
 
+    @property
+    def supervisor_socket(self) -> str:
+        """Where the mount's supervisor listens: one for each mountpoint, since mounts may share a state folder."""
+        digest = hashlib.blake2b(os.fsencode(self.mountpoint), digest_size=6).hexdigest()
+        return os.path.join(self.state_folder, f"supervisor-{digest}.sock")
+
 
 def default_state_dir(source: str) -> str:
     """The state folder of a source: readable in a listing, unique by digest."""

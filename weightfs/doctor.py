@@ -47,7 +47,7 @@ class Check:
 def examine(path: str, start: Callable[[MountConfig], dict[str, Any]], end: Callable[[int], bool]) -> list[Check]:
     """Every check, for a source at `path`.
 
-    `start` starts a daemon and gives its mount document, `end` waits for the end of one that was unmounted.
+    `start` starts a mount and gives its document, `end` waits for the end of a supervisor whose mount is gone.
     """
     checks = [_kernel(), _fuse_device(), _privileges(), _libfuse()]
     if not any(check.needed and check.state == "missing" for check in checks):
@@ -117,7 +117,7 @@ def _mount(start: Callable[[MountConfig], dict[str, Any]], end: Callable[[int], 
         finally:
             with contextlib.suppress(WeightfsError):
                 mounts.unmount(mountpoint, lazy=True)
-            end(int(document["daemon_pid"]))
+            end(int(document["supervisor_pid"]))
     if not right:
         return Check("passthrough", "missing", "a trial mount gave wrong bytes: do not use it", needed=True)
     if document["engine"] != "passthrough":

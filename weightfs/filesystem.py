@@ -239,7 +239,10 @@ class Filesystem:
 
     def _open_stat(self, inode: int) -> SourceStat | None:
         opened = self._handles.get(inode)
-        return self._source.fstat(opened.backing_fd) if opened and opened.backing_fd is not None else None
+        if opened is None:
+            return None
+        fd = opened.kept[0] if opened.kept else opened.backing_fd
+        return self._source.fstat(fd) if fd is not None else None
 
     async def _source_attributes(self, inode: int, path: bytes, entry: SourceStat) -> Attributes:
         size = entry.size
@@ -450,8 +453,28 @@ class Filesystem:
         if entry.inode_key != node.key:
             os.close(fd)
             raise StaleError("its name means another file now", path=os.fsdecode(path))
-        self._serve(inode, fd, lambda: (WholeFile(self._source, path, fd, entry), fd))
+        promise = entry.size, entry.mtime_ns
+        self._serve(inode, fd, lambda: (WholeFile(self._source, path, fd, promise), fd))
         return Opened(keep_cache=self._is_cached(inode, entry.identity))
+
+    async def reopen(self, inode: int) -> None:
+        """Attach what serves an inode that the kernel has open and this process has not: a predecessor opened it.
+
+        Raises:
+            StaleError: what it was is gone.
+        """
+        opened = self._handles.get(inode)
+        if opened is None or opened.kept is None:
+            await self.open(inode, os.O_RDONLY)
+            return
+        fd, promise = os.dup(opened.kept[0]), opened.kept[1]
+        node = self._source_node(inode)
+        if node is None:
+            found = await self._view(inode)
+            self._serve(inode, fd, lambda: (self._extent(fd, *found), None))
+        else:
+            path = self._tree.path(node)
+            self._serve(inode, fd, lambda: (WholeFile(self._source, path, fd, promise), fd))
 
     async def _open_source(self, node: Node, path: bytes) -> tuple[int, SourceStat]:
         """Open a file by name; a name that means something else by now makes the kernel look it up again."""
@@ -476,11 +499,13 @@ class Filesystem:
         if entry.identity != parsed.identity:
             os.close(fd)
             raise StaleError("its file has changed", path=os.fsdecode(parsed.path))
-        extent = parsed.record.tensors[position]
-        prefix = _npy_prefix(parsed, position) if npy else b""
-        make = lambda: (Extent(self._source, fd, parsed.identity, prefix, extent[3], extent[4]), None)  # noqa: E731
-        self._serve(inode, fd, make)
+        self._serve(inode, fd, lambda: (self._extent(fd, parsed, position, npy), None))
         return Opened(keep_cache=True)
+
+    def _extent(self, fd: int, parsed: ParsedFile, position: int, npy: bool) -> Extent:
+        _, _, _, offset, nbytes, *_ = parsed.record.tensors[position]
+        prefix = _npy_prefix(parsed, position) if npy else b""
+        return Extent(self._source, fd, parsed.identity, prefix, offset, nbytes)
 
     def _serve(self, inode: int, fd: int, make: Callable[[], tuple[Readable, int | None]]) -> None:
         made = []

@@ -85,11 +85,14 @@ class FuseOperations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = True
 
-    def __init__(self, filesystem: Filesystem, *, timeout_s: float) -> None:
+    def __init__(self, *, timeout_s: float) -> None:
         """`timeout_s`: how long the kernel may believe names and attributes without asking again."""
         super().__init__()
-        self._filesystem = filesystem
         self._timeout_s = timeout_s
+
+    def attach(self, filesystem: Filesystem) -> None:
+        """What answers; before the first request but INIT."""
+        self._filesystem = filesystem
 
     def _entry(self, attributes: Attributes) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()

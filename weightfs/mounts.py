@@ -83,7 +83,7 @@ def clear_stale(mountpoint: str) -> bool:
         ) from None
     if asked.returncode == 0:
         raise WeightfsError(
-            "a weightfs is mounted there already", path=mountpoint, mend=f"weightfs umount {mountpoint}"
+            "a weightfs is mounted there already", path=mountpoint, mend=f"weightfs umount {mountpoint}, or --replace"
         )
     unmount(mountpoint, lazy=True)
     return True

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from weightfs.errors import ShortReadError, StaleError
 from weightfs.handles import Place
-from weightfs.source.base import Source, SourceStat
+from weightfs.source.base import Source
 
 
 def _fill(fd: int, buffer: memoryview, offset: int) -> int:
@@ -26,24 +26,25 @@ class WholeFile:
 
     Attributes:
         path: where it was found, relative to the root.
+        fd, promise: see `Readable`.
     """
 
-    def __init__(self, source: Source, path: bytes, fd: int, opened: SourceStat) -> None:
+    def __init__(self, source: Source, path: bytes, fd: int, promise: tuple[int, int]) -> None:
         self.path = path
+        self.fd = fd
+        self.promise = promise
         self._source = source
-        self._fd = fd
-        self._promised = opened.size
-        self._mtime_ns = opened.mtime_ns
+        self._promised, self._mtime_ns = promise
 
     def in_page_cache(self, offset: int, nbytes: int) -> Place | None:
         """See `Readable`. The end, and a file that has shrunk, are left to `read_into`."""
-        return Place(self._fd, offset, nbytes) if offset + nbytes <= self._promised else None
+        return Place(self.fd, offset, nbytes) if offset + nbytes <= self._promised else None
 
     def read_into(self, handle: int, buffer: memoryview, offset: int) -> int:
         """See `Readable`. Ends where the file ends now, but never before the size it had when it was opened."""
-        filled = _fill(self._fd, buffer, offset)
+        filled = _fill(self.fd, buffer, offset)
         if filled < len(buffer) and offset + filled < self._promised:
-            size = self._source.fstat(self._fd).size
+            size = self._source.fstat(self.fd).size
             if size < self._promised:
                 raise StaleError(f"was cut from {self._promised} to {size} bytes while it was open")
             raise ShortReadError(f"gave {filled} of {len(buffer)} bytes at {offset}, well before its end")
@@ -51,7 +52,7 @@ class WholeFile:
 
     def has_changed(self) -> bool:
         """Whether the file was written to since it was opened. Handles see the new bytes, as on the bare file."""
-        now = self._source.fstat(self._fd)
+        now = self._source.fstat(self.fd)
         return (now.size, now.mtime_ns) != (self._promised, self._mtime_ns)
 
     def forget(self, handle: int) -> None:
@@ -59,7 +60,7 @@ class WholeFile:
 
     def close(self) -> None:
         """See `Readable`."""
-        os.close(self._fd)
+        os.close(self.fd)
 
 
 class Extent:
@@ -67,7 +68,8 @@ class Extent:
 
     def __init__(self, source: Source, fd: int, identity: bytes, prefix: bytes, offset: int, nbytes: int) -> None:
         self._source = source
-        self._fd = fd
+        self.fd = fd
+        self.promise = (0, 0)
         self._identity = identity
         self._prefix = prefix
         self._offset = offset
@@ -83,8 +85,8 @@ class Extent:
         head = self._prefix[offset : offset + len(wanted)]
         wanted[: len(head)] = head
         rest = wanted[len(head) :]
-        filled = _fill(self._fd, rest, self._offset + offset + len(head) - len(self._prefix)) if len(rest) else 0
-        if self._source.fstat(self._fd).identity != self._identity:
+        filled = _fill(self.fd, rest, self._offset + offset + len(head) - len(self._prefix)) if len(rest) else 0
+        if self._source.fstat(self.fd).identity != self._identity:
             raise StaleError("its file has changed")
         if filled < len(rest):
             raise ShortReadError(f"gave {filled} of {len(rest)} bytes of a tensor")
@@ -95,7 +97,7 @@ class Extent:
 
     def close(self) -> None:
         """See `Readable`."""
-        os.close(self._fd)
+        os.close(self.fd)
 
 
 class LiveText:
@@ -103,6 +105,8 @@ class LiveText:
 
     def __init__(self, make: Callable[[], bytes]) -> None:
         self._make = make
+        self.fd = None
+        self.promise = (0, 0)
         self._texts: dict[int, bytes] = {}
 
     def in_page_cache(self, offset: int, nbytes: int) -> Place | None:
@@ -110,8 +114,10 @@ class LiveText:
         return None
 
     def read_into(self, handle: int, buffer: memoryview, offset: int) -> int:
-        """See `Readable`."""
+        """See `Readable`. A handle that began to read in a predecessor is at its end: its text was there, whole."""
         text = self._texts.get(handle)
+        if text is None and offset:
+            return 0
         if text is None:
             text = self._texts.setdefault(handle, self._make())  # the first of several threads decides
         part = text[offset : offset + len(buffer)]

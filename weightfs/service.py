@@ -1,20 +1,20 @@
-"""A mount's life in one process: put the parts together, serve, end cleanly.
+"""A daemon's life: put the parts together, take over, serve, hand over or end.
 
-Order at the end: the mountpoint goes first (lazily if it is in use), then pyfuse3, then the descriptors, then the
-index. A daemon that is killed leaves a dead mount, which the next `mount` takes away.
+It serves a kernel descriptor that its supervisor owns. It prepares everything that needs no right to serve, says so,
+and waits for the word to go. From then on it alone reads the kernel's requests, until it is told to retire, the mount
+is gone, or the supervisor is: then it takes the mount away with it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable
 from typing import Any, Final
 
 import pyfuse3
@@ -28,6 +28,9 @@ from weightfs.filesystem import Filesystem, FilesystemConfig
 from weightfs.fuse import FuseOperations, errno_of
 from weightfs.handles import HandleTable
 from weightfs.index.store import IndexStore
+from weightfs.keeping import SupervisedKeeper, adopt
+from weightfs.ledger import Ledger
+from weightfs.link import Link
 from weightfs.source.local import LocalSource
 
 log = logging.getLogger(__name__)
@@ -40,105 +43,183 @@ STATUS_SCHEMA: Final = 1
 
 
 class Service:
-    """One mount, not yet served."""
+    """One mount, served by this process."""
 
-    def __init__(self, config: MountConfig) -> None:
-        """Open the source and the index.
+    def __init__(self, config: MountConfig, kernel_fd: int, ledger: Ledger, link: Link) -> None:
+        """Prepare, without touching what a daemon that still serves may use.
+
+        Args:
+            config: of the mount.
+            kernel_fd: /dev/fuse, mounted, non-blocking; stays the caller's.
+            ledger: of the mount.
+            link: to the supervisor.
 
         Raises:
-            UsageError, UnfitError, IndexStoreError.
+            UsageError, UnfitError.
         """
         self.config = config
-        self._started = time.monotonic()
+        self._kernel_fd = kernel_fd
+        self._ledger = ledger
+        self._link = link
+        self._keeper = SupervisedKeeper(ledger, link)
         self._source = LocalSource(config.source)
-        self._index = IndexStore(config.state_folder, config.source)
-        self._handles = HandleTable()
-        texts = {b"status.json": self._status_text, b"metrics": lambda: metrics.exposition(self.status())}
-        self._filesystem = Filesystem(
-            self._source, self._index, self._handles, texts, FilesystemConfig(deadline_s=config.deadline_s)
-        )
-        self._channel: Channel | None = None
-        self._is_mounted = False
-
-    async def run(self, mounted: Callable[[dict[str, Any]], None]) -> None:
-        """Mount, call `mounted` with the mount document once it answers, serve until it is unmounted or signalled.
-
-        Raises:
-            UnfitError: it can't be mounted, or not with the engine asked for.
-        """
-        mounts.clear_stale(self.config.mountpoint)
-        kernel_fd = mounts.mount(self.config.source, self.config.mountpoint, for_others=self.config.for_others)
-        self._is_mounted = True
-        try:
-            await self._serve(kernel_fd, mounted)
-        finally:
-            self._unmount()
-            self._handles.close()
-            os.close(kernel_fd)
-            self._index.close()
-            self._source.close()
-
-    async def _serve(self, kernel_fd: int, mounted: Callable[[dict[str, Any]], None]) -> None:
-        self._channel = channel = Channel(
+        self._handles = HandleTable(keeper=self._keeper)
+        self._operations = FuseOperations(timeout_s=config.attribute_timeout_s)
+        self._index: IndexStore | None = None
+        self._filesystem: Filesystem | None = None
+        self._held: dict[int, int] = {}
+        self._orders: dict[str, Any] = {}
+        self._goes = trio.Event()
+        self._serves = trio.Event()
+        self._retires = False
+        self._channel = Channel(
             kernel_fd,
             self._handles,
-            self._filesystem.listing_end,
-            lambda nodeid: self._filesystem.open(nodeid, os.O_RDONLY),
+            lambda nodeid: self._serving().listing_end(nodeid),
+            lambda nodeid: self._serving().reopen(nodeid),
             errno_of,
+            ledger,
             ChannelConfig(
-                passthrough=self.config.engine != "portable" and mounts.is_privileged(),
+                passthrough=config.engine != "portable" and mounts.is_privileged(),
                 stack_depth=2 if self._source.filesystem_type in _STACKED else 1,
-                deadline_s=self.config.deadline_s,
+                deadline_s=config.deadline_s,
             ),
         )
-        operations = FuseOperations(self._filesystem, timeout_s=self.config.attribute_timeout_s)
-        pyfuse3.init(operations, channel.mountpoint, set(pyfuse3.default_options))
+
+    def _serving(self) -> Filesystem:
+        assert self._filesystem is not None
+        return self._filesystem
+
+    async def run(self) -> None:
+        """Prepare, serve, end.
+
+        Raises:
+            UnfitError: it can't be served, or not as the kernel was told it is.
+            IndexStoreError: the index can't be kept.
+        """
+        if self._ledger.init_request:
+            IndexStore.can_open(self.config.state_folder)
+        channel = self._channel
+        pyfuse3.init(self._operations, channel.mountpoint, set(pyfuse3.default_options))
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._end_on_signal, nursery.cancel_scope)
+                nursery.start_soon(self._listen, nursery.cancel_scope)
+                nursery.start_soon(self._retire_on_signal)
                 nursery.start_soon(pyfuse3.main)
-                nursery.start_soon(self._announce, channel, mounted)
-                await channel.run()  # returns when the kernel says that the mount is gone
-                self._is_mounted = False
+                nursery.start_soon(self._announce)
+                await channel.run(self._may_read)
+                if self._retires:
+                    self._hand_over()
                 nursery.cancel_scope.cancel()
         finally:
             pyfuse3.close(unmount=False)
             channel.close()
+            self._handles.close()
+            if self._index is not None:
+                self._index.close()
+            self._source.close()
 
-    async def _announce(self, channel: Channel, mounted: Callable[[dict[str, Any]], None]) -> None:
+    async def _may_read(self) -> list[int]:
+        """Wait for the word, then take over."""
+        gc.collect()
+        gc.freeze()  # what is there now stays: no collection looks at it again
+        self._link.say({"prepared": {}})
+        await self._goes.wait()
+        after_death = self._ledger.begin()
+        if after_death:
+            log.warning("takes over from a daemon that died, the %d. of this mount", self._ledger.deaths)
+        self._index = IndexStore(
+            self.config.state_folder, self.config.source, journal=self._ledger, check=self._orders["check_index"]
+        )
+        self._filesystem = Filesystem(
+            self._source,
+            self._index,
+            self._handles,
+            {b"status.json": self._status_text, b"metrics": lambda: metrics.exposition(self.status())},
+            FilesystemConfig(deadline_s=self.config.deadline_s),
+        )
+        self._operations.attach(self._filesystem)
+        orphans = adopt(self._handles, self._ledger, self._keeper, self._held)
+        self._held = {}
+        self._serves.set()
+        return orphans
+
+    async def _announce(self) -> None:
+        await self._serves.wait()
         with trio.fail_after(self.config.deadline_s):
-            await channel.ready.wait()
-        if self.config.engine == "passthrough" and not channel.passthrough:
+            await self._channel.ready.wait()
+        if self.config.engine == "passthrough" and not self._channel.passthrough:
             raise UnfitError(
                 f"passthrough does not work here: {self._engine()[1]}", mend="--engine portable, or see weightfs doctor"
             )
+        self._link.say({"serving": self.mount_document(), "resends": self._channel.resends})
         if (here := mounts.find(self.config.mountpoint)) is not None:
             # Not through the mount: the kernel may be asking us something at this very moment.
             await trio.to_thread.run_sync(mounts.raise_readahead, here, _READAHEAD_KIB)
         if self.config.metrics_listen:
             metrics.serve(listen_address(self.config.metrics_listen), self.status)
-        notify("READY=1")
-        mounted(self.mount_document())
 
-    async def _end_on_signal(self, scope: trio.CancelScope) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
-            async for number in received:
-                log.info("ending on %s", signal.Signals(number).name)
-                notify("STOPPING=1")
-                lazily = await trio.to_thread.run_sync(self._unmount)
-                if lazily:
-                    # Whoever has files open gets some time; what the kernel reads by itself goes on even after.
-                    await trio.sleep(_END_S / 2)
+    async def _listen(self, scope: trio.CancelScope) -> None:
+        """Do what the supervisor says; without one, end the mount."""
+        while True:
+            try:
+                message = self._link.receive()
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._link)
+                continue
+            if message is None:
+                await self._end_orphaned()
                 scope.cancel()
+                return
+            words = message.words or {}
+            if "held" in words:
+                self._held.update(zip(words["held"], message.fds, strict=True))
+            elif "go" in words:
+                self._orders = words["go"]
+                self._goes.set()
+            elif "retire" in words:
+                self._retire()
+
+    async def _retire_on_signal(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM) as received:
+            async for _ in received:
+                log.info("hands over on SIGTERM")
+                self._retire()
+
+    def _retire(self) -> None:
+        self._retires = True
+        self._channel.retire()
+        if not self._serves.is_set():
+            raise SystemExit(0)
+
+    def _hand_over(self) -> None:
+        """Leave everything as it is for the successor: open files stay open in the kernel, and in the ledger."""
+        assert self._index is not None
+        self._index.close()
+        self._link.flush()
+        self._ledger.end()
+        logging.shutdown()
+        os._exit(0)
+
+    async def _end_orphaned(self) -> None:
+        """The supervisor is gone. A mount that nobody would revive is taken away, unless systemd holds on to it."""
+        if not self._serves.is_set() or self._orders["kept_by_manager"]:
+            self._hand_over_orphaned()
+        log.warning("the supervisor is gone: ends the mount")
+        lazily = await trio.to_thread.run_sync(self._unmount)
+        if lazily:
+            # Whoever has files open gets some time; what the kernel reads by itself goes on even after.
+            await trio.sleep(_END_S / 2)
+
+    def _hand_over_orphaned(self) -> None:
+        if self._serves.is_set():
+            self._hand_over()
+        os._exit(0)
 
     def _unmount(self) -> bool:
-        """Take the mountpoint away while it is ours; gives whether it had to be done lazily.
-
-        Once, and not after the kernel has said that it is gone: by then another daemon may be mounted there.
-        """
-        if not self._is_mounted or mounts.find(self.config.mountpoint) is None:
+        """Take the mountpoint away; gives whether it had to be done lazily."""
+        if mounts.find(self.config.mountpoint) is None:
             return False
-        self._is_mounted = False
         try:
             mounts.unmount(self.config.mountpoint)
         except WeightfsError:
@@ -151,8 +232,7 @@ class Service:
 
     def _engine(self) -> tuple[str, str]:
         """Engine and why."""
-        channel = self._channel
-        if channel is not None and channel.passthrough:
+        if self._channel.passthrough:
             if self._source.filesystem_type == _FUSE:
                 return "passthrough", "the source lies on FUSE: its files may take the portable path"
             return "passthrough", "the kernel reads the files itself"
@@ -171,32 +251,35 @@ class Service:
             "source": self.config.source,
             "engine": engine,
             "reason": reason,
-            "supervisor_pid": None,
+            "supervisor_pid": os.getppid(),
             "daemon_pid": os.getpid(),
         }
 
     def status(self) -> dict[str, Any]:
         """The live state. Callable from any thread."""
-        channel, library = self._channel, self._filesystem.library
-        assert channel is not None
+        filesystem, index, channel = self._serving(), self._index, self._channel
+        library = filesystem.library
+        assert index is not None
         return {
             **self.mount_document(),
-            "uptime_s": round(time.monotonic() - self._started, 3),
+            "uptime_s": round(time.monotonic() - self._orders["mounted_at"], 3),
             "models": library.models,
             "headers_parsed": library.headers_parsed,
-            "opens": self._filesystem.opens,
+            "opens": filesystem.opens,
             "open_inodes": len(self._handles),
             "bytes_read": channel.bytes_read,
             "requests": metrics.by_name(channel.requests.copy()),
             "hints": channel.hints,
             "requests_expired": channel.expired,
+            "requests_poisoned": channel.poisoned,
+            "deaths": self._ledger.deaths,
             "passthrough_refused": {os.strerror(number): count for number, count in channel.fallbacks.copy().items()},
-            "changed_in_place": self._filesystem.changed_files(),
+            "changed_in_place": filesystem.changed_files(),
             "faults": [
                 {"path": fault.path, "code": fault.reason, "offset": fault.offset, "message": fault.message}
                 for fault in library.current_faults()
             ],
-            "index": {"epoch": self._index.epoch, "set_aside": self._index.set_aside},
+            "index": {"epoch": index.epoch, "set_aside": index.set_aside},
             "resident_bytes": None,
             "prefetch": None,
         }
@@ -205,32 +288,18 @@ class Service:
         return json.dumps(self.status(), indent=1).encode() + b"\n"
 
 
-def notify(state: str) -> None:
-    """Tell systemd, if it listens (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as outlet, contextlib.suppress(OSError):
-        outlet.connect("\0" + address[1:] if address.startswith("@") else address)
-        outlet.send(state.encode())
-
-
-def serve(config: MountConfig, mounted: Callable[[dict[str, Any]], None]) -> None:
-    """Mount and serve until unmounted or signalled.
+def serve(config: MountConfig, kernel_fd: int, ledger_fd: int, link: Link) -> None:
+    """Prepare, and serve a mounted kernel descriptor when the supervisor says so, until the end.
 
     Raises:
-        WeightfsError: it could not be mounted.
+        WeightfsError: it can't be served.
     """
     os.umask(0o077)
     # At the default of 5 ms a thread that computes makes every reply wait that long for the interpreter.
     sys.setswitchinterval(0.0005)
-    service = Service(config)
-
-    async def main() -> None:
-        await service.run(mounted)
-
+    service = Service(config, kernel_fd, Ledger(ledger_fd), link)
     try:
-        trio.run(main)
+        trio.run(service.run)
     except* WeightfsError as group:
         raise _first(group) from None
 

@@ -66,6 +66,12 @@ FUSE_MAX_PAGES: Final = 1 << 22
 FUSE_CACHE_SYMLINKS: Final = 1 << 23
 FUSE_INIT_EXT: Final = 1 << 30
 FUSE2_PASSTHROUGH: Final = 1 << 5  # bit 37
+FUSE2_HAS_RESEND: Final = 1 << 7  # bit 39
+
+NOTIFY_RESEND: Final = OUT_HEADER.pack(OUT_HEADER_BYTES, 7, 0)
+"""Everything the kernel has had no answer to comes again (Linux 6.9)."""
+UNIQUE_RESEND: Final = 1 << 63
+"""Set in the `unique` of a request that came again; a reply must have it as well."""
 
 BACKING_OPEN: Final = 0x4010E501
 BACKING_CLOSE: Final = 0x4004E502

@@ -73,7 +73,8 @@ class Rig:
         self.source = source
         self.filesystem = filesystem
         self.handles = handles
-        self.operations = FuseOperations(filesystem, timeout_s=1)
+        self.operations = FuseOperations(timeout_s=1)
+        self.operations.attach(filesystem)
         self.numbers: dict[str, int] = {}
 
     async def look_up_all(self) -> None:

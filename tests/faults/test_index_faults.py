@@ -172,8 +172,8 @@ def test_killed_daemon_leaves_a_good_index(source: str, mounter: Mounter, tmp_pa
         number = os.stat(mount.path(f"killed-{turn}")).st_ino
         assert number not in given
         given.add(number)
-        mount.daemon.signal(signal.SIGKILL)
-        assert mount.daemon.has_ended(5)
+        mount.supervisor.signal(signal.SIGKILL)
+        assert mount.supervisor.has_ended(5)
         os.unlink(path)
         mount.__exit__(None, None, None)
 

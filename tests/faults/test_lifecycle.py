@@ -57,8 +57,8 @@ def read(path: str) -> bytes:
 
 def ends_cleanly(mount: Mount, number: signal.Signals) -> None:
     started = time.monotonic()
-    mount.daemon.signal(number)
-    assert mount.daemon.has_ended(5), f"still alive 5 s after {number.name}"
+    mount.supervisor.signal(number)
+    assert mount.supervisor.has_ended(5), f"still alive 5 s after {number.name}"
     assert time.monotonic() - started < 5
     assert mounts_below(mount.mountpoint) == []
     assert within(5, lambda: os.listdir(mount.mountpoint)) == []
@@ -103,8 +103,7 @@ def test_signal_while_a_reader_works(source: str, mounter: Mounter, engine: str)
 def test_killed_daemon_leaves_a_dead_mount_that_mount_replaces(source: str, mounter: Mounter, engine: str) -> None:
     mount = mounter(source, engine)
     assert read(mount.path("model/file")) == DATA
-    mount.daemon.signal(signal.SIGKILL)
-    assert mount.daemon.has_ended(5)
+    mount.kill_all()
     assert errno_from(lambda: os.statvfs(mount.mountpoint)) in (errno.ENOTCONN, errno.ECONNABORTED)
     status = weightfs("status", mount.mountpoint, "--json")
     assert status.returncode == 75
@@ -116,8 +115,7 @@ def test_killed_daemon_leaves_a_dead_mount_that_mount_replaces(source: str, moun
 
 def test_killed_daemon_then_umount(source: str, mounter: Mounter) -> None:
     mount = mounter(source)
-    mount.daemon.signal(signal.SIGKILL)
-    assert mount.daemon.has_ended(5)
+    mount.kill_all()
     done = mount.umount()
     assert done.returncode == 0, done.stderr
     assert mounts_below(mount.mountpoint) == []
@@ -129,8 +127,7 @@ def test_killed_daemon_while_files_are_open(source: str, mounter: Mounter) -> No
     mount = mounter(source, "passthrough")
     with open(mount.path("model/file"), "rb", buffering=0) as held:
         with mmap.mmap(held.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-            mount.daemon.signal(signal.SIGKILL)
-            assert mount.daemon.has_ended(5)
+            mount.kill_all()
             assert within(5, lambda: os.pread(held.fileno(), 100, 1_000_000)) == DATA[1_000_000:1_000_100]
             assert within(5, lambda: mapped[2_000_000:2_000_100]) == DATA[2_000_000:2_000_100]
         again = mounter(source, "passthrough", at=mount.mountpoint)
@@ -153,7 +150,7 @@ def test_killed_readers_leave_it_healthy(source: str, mounter: Mounter, engine: 
     assert within(10, lambda: read(mount.path("model/file"))) == DATA
     wait_until(lambda: mount.live()["open_inodes"] == 1, "handles of the dead are given back")
     assert mount.live()["requests_expired"] == 0
-    descriptors = len(os.listdir(f"/proc/{mount.daemon.pid}/fd"))
+    descriptors = len(os.listdir(f"/proc/{mount.daemon_pid()}/fd"))
     assert descriptors < 40
 
 
@@ -161,13 +158,13 @@ def test_killed_readers_leave_it_healthy(source: str, mounter: Mounter, engine: 
 def test_handles_and_descriptors_are_given_back(source: str, mounter: Mounter, engine: str) -> None:
     mount = mounter(source, engine)
     read(mount.path("model/file"))
-    before = len(os.listdir(f"/proc/{mount.daemon.pid}/fd"))
+    before = len(os.listdir(f"/proc/{mount.daemon_pid()}/fd"))
     for _ in range(500):
         read(mount.path("model/file"))
         with pytest.raises(FileNotFoundError):
             read(mount.path("model/absent"))
         os.listdir(mount.path("model"))
-    wait_until(lambda: len(os.listdir(f"/proc/{mount.daemon.pid}/fd")) <= before + 1, "descriptors")
+    wait_until(lambda: len(os.listdir(f"/proc/{mount.daemon_pid()}/fd")) <= before + 1, "descriptors")
     assert mount.live()["open_inodes"] == 1
 
 
@@ -213,7 +210,7 @@ def test_umount_while_busy_names_the_user(source: str, mounter: Mounter) -> None
         assert mount.umount("--lazy").returncode == 0
         assert mounts_below(mount.mountpoint) == []
         assert within(5, lambda: os.pread(held.fileno(), len(DATA), 0)) == DATA
-    assert mount.daemon.has_ended(5)
+    assert mount.supervisor.has_ended(5)
 
 
 def test_umount_while_mapped_names_the_user(source: str, mounter: Mounter) -> None:
@@ -228,13 +225,13 @@ def test_umount_while_mapped_names_the_user(source: str, mounter: Mounter) -> No
         assert mapped[:] == DATA
     done = mount.umount()
     assert done.returncode == 0, done.stderr
-    assert mount.daemon.has_ended(5)
+    assert mount.supervisor.has_ended(5)
 
 
 def test_umount_ends_the_daemon(source: str, mounter: Mounter) -> None:
     mount = mounter(source)
     assert mount.umount().returncode == 0
-    assert mount.daemon.has_ended(0)
+    assert mount.supervisor.has_ended(0)
     done = mount.umount()
     assert done.returncode == 1
     assert json.loads(done.stdout)["error"]["code"] == "failed"

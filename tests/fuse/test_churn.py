@@ -151,7 +151,7 @@ def test_readers_beside_a_source_that_changes(tmp_path: Path, mounter: Mounter, 
     state = mount.live()
     assert state["requests_expired"] == 0
     wait_until(lambda: mount.live()["open_inodes"] == 1, "handles are given back")
-    assert len(os.listdir(f"/proc/{mount.daemon.pid}/fd")) < 60
+    assert len(os.listdir(f"/proc/{mount.daemon_pid()}/fd")) < 60
     # And when the source rests, the mount shows it as it is.
     for name in os.listdir(source):
         if name.startswith("file"):

@@ -164,7 +164,7 @@ def test_status_of_live_text_is_whole(mount: Mount) -> None:
     document = mount.live()
     assert document["mountpoint"] == mount.mountpoint
     assert document["source"] == mount.source
-    assert mount.status()["daemon_pid"] == mount.daemon.pid
+    assert mount.status()["daemon_pid"] == mount.daemon_pid()
 
 
 def test_errors_of_the_wrong_kind(mount: Mount) -> None:

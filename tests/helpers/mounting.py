@@ -133,7 +133,7 @@ def detach(mountpoint: str) -> None:
 
 
 class Daemon:
-    """A daemon by pidfd, so that no other process can be meant."""
+    """A daemon or supervisor by pidfd, so that no other process can be meant."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -160,6 +160,9 @@ class Daemon:
         finally:
             os.close(self._fd)
 
+    def close(self) -> None:
+        os.close(self._fd)
+
     def rss_bytes(self, field: str = "VmRSS") -> int:
         with open(f"/proc/{self.pid}/status") as status:
             return int(next(line.split()[1] for line in status if line.startswith(field + ":"))) * 1024
@@ -170,7 +173,7 @@ class Mount:
 
     Attributes:
         document: what `weightfs mount --json` printed.
-        daemon: the process that serves it.
+        supervisor: the process that owns it; ends with it.
         log_must_be_clean: no error may have been logged, which is checked at the end.
     """
 
@@ -187,7 +190,7 @@ class Mount:
             raise AssertionError(f"mount ended with {done.returncode}: {done.stderr}\n{self.log_text()}")
         self.document: dict[str, Any] = json.loads(done.stdout)
         self.engine: str = self.document["engine"]
-        self.daemon = Daemon(self.document["daemon_pid"])
+        self.supervisor = Daemon(self.document["supervisor_pid"])
         if engine != "auto":
             assert self.engine == engine
 
@@ -205,6 +208,28 @@ class Mount:
         assert done.returncode == 0, done.stderr
         (document,) = json.loads(done.stdout)["mounts"]
         return dict(document)
+
+    def daemon_pid(self) -> int:
+        """The process that serves now."""
+        return int(self.live()["daemon_pid"])
+
+    def kill_daemon(self) -> int:
+        """SIGKILL whoever serves, and wait until it is dead; gives its pid."""
+        daemon = Daemon(self.daemon_pid())
+        daemon.signal(signal.SIGKILL)
+        assert daemon.has_ended(5)
+        daemon.close()
+        return daemon.pid
+
+    def kill_all(self) -> None:
+        """Leave a dead mount behind: nobody is left to revive it or take it away."""
+        daemon = Daemon(self.daemon_pid())
+        self.supervisor.signal(signal.SIGSTOP)
+        daemon.signal(signal.SIGKILL)
+        assert daemon.has_ended(5)
+        daemon.close()
+        self.supervisor.signal(signal.SIGKILL)
+        assert self.supervisor.has_ended(5)
 
     def umount(self, *options: str) -> subprocess.CompletedProcess[str]:
         return weightfs("umount", self.mountpoint, "--json", *options)
@@ -227,9 +252,9 @@ class Mount:
         self._ended = True
         subprocess.run(["umount", "--", self.mountpoint], capture_output=True, timeout=60, check=False)
         detach(self.mountpoint)
-        forced = self.daemon.end()
+        forced = self.supervisor.end()
         if kind is None:
-            assert forced is None, f"the daemon outlived its mount and ended on {forced} only\n{self.log_text()}"
+            assert forced is None, f"the supervisor outlived its mount and ended on {forced} only\n{self.log_text()}"
             if self.log_must_be_clean:
                 assert not re.search(r" (ERROR|CRITICAL) |Traceback", self.log_text()), self.log_text()
 

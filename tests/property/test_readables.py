@@ -38,7 +38,7 @@ def read(readable: WholeFile | Extent, offset: int, length: int) -> bytes:
 @given(offset=OFFSETS, length=LENGTHS, piece=st.integers(1, 9000))
 def test_a_whole_file(source: LocalSource, offset: int, length: int, piece: int) -> None:
     fd, entry = source.open(b"file")
-    file = WholeFile(source, b"file", fd, entry)
+    file = WholeFile(source, b"file", fd, (entry.size, entry.mtime_ns))
     with pytest.MonkeyPatch.context() as patch:
         preadv = os.preadv
         patch.setattr(readables.os, "preadv", lambda fd, parts, at: preadv(fd, [parts[0][:piece]], at))  # type: ignore[attr-defined]

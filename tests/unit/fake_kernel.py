@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 import trio
 import trio.testing
 
-from weightfs import wire
+from weightfs import ledger, wire
 from weightfs.channel import Channel, ChannelConfig
 from weightfs.errors import StaleError, WeightfsError
 from weightfs.handles import HandleTable, Place
 
 FLAGS_IN = wire.FUSE_INIT_EXT | 0x1
-INIT_IN = struct.pack("<IIIII", 7, 45, 131072, FLAGS_IN, wire.FUSE2_PASSTHROUGH | 1) + bytes(44)
+INIT_IN = struct.pack("<IIIII", 7, 45, 131072, FLAGS_IN, wire.FUSE2_PASSTHROUGH | wire.FUSE2_HAS_RESEND | 1) + bytes(44)
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Bytes:
     fails: Exception | None = None
     waits: Callable[[], object] = lambda: None
     place: Place | None = None
+    fd: int | None = None
+    promise: tuple[int, int] = (0, 0)
     forgotten: list[int] = field(default_factory=list)
     closed: int = 0
 
@@ -172,18 +174,23 @@ async def stage(*, passthrough: bool = False, deadline_s: float = 30.0, threads:
         reopened.append(nodeid)
         made.reopen(nodeid)
 
+    async def at_once() -> list[int]:
+        return []
+
     config = ChannelConfig(passthrough=passthrough, deadline_s=deadline_s, threads=threads)
-    channel = Channel(near.fileno(), handles, ends.get, reopen, errno_of, config)
+    book = ledger.create()
+    channel = Channel(near.fileno(), handles, ends.get, reopen, errno_of, ledger.Ledger(book), config)
     theirs_fd = channel._theirs.fileno()
     made = Stage(channel, Kernel(far), Pyfuse3(channel._theirs), handles, reopened, lambda _: None, ends)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(channel.run)
+            nursery.start_soon(channel.run, at_once)
             yield made
             nursery.cancel_scope.cancel()
     finally:
         channel.close()
         handles.close()
         os.close(theirs_fd)  # libfuse does it
+        os.close(book)
         for end in (near, far):
             end.close()

@@ -151,7 +151,9 @@ HANDLERS: dict[str, tuple[Any, ...]] = {
 
 
 def operations(fake: Fake) -> FuseOperations:
-    return FuseOperations(cast(Filesystem, fake), timeout_s=2.5)
+    made = FuseOperations(timeout_s=2.5)
+    made.attach(cast(Filesystem, fake))
+    return made
 
 
 def call(fake: Fake, name: str) -> Any:
@@ -163,7 +165,7 @@ def call(fake: Fake, name: str) -> Any:
 
 def test_every_handler_that_can_fail_is_tried_here() -> None:
     own = {name for name, value in vars(FuseOperations).items() if callable(value) and not name.startswith("_")}
-    assert own == {*HANDLERS, "forget", "access"}
+    assert own == {*HANDLERS, "forget", "access", "attach"}
 
 
 @pytest.mark.parametrize("name", HANDLERS)

@@ -19,6 +19,9 @@ class Text:
     def read_into(self, handle: int, buffer: memoryview, offset: int) -> int:
         return 0
 
+    fd: int | None = None
+    promise = (0, 0)
+
     def forget(self, handle: int) -> None:
         self.said.append(f"forget {handle}")
 

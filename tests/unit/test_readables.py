@@ -35,7 +35,7 @@ def read(readable: WholeFile | Extent | LiveText, offset: int, length: int, hand
 
 def whole(source: OddSource) -> WholeFile:
     fd, entry = source.open(b"file")
-    return WholeFile(source, b"file", fd, entry)
+    return WholeFile(source, b"file", fd, (entry.size, entry.mtime_ns))
 
 
 def extent(source: OddSource, prefix: bytes, offset: int, nbytes: int) -> Extent:

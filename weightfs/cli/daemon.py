@@ -1,55 +1,47 @@
-"""What `weightfs mount` starts in the background. Settings come as JSON on stdin, the outcome goes to a descriptor."""
+"""What the supervisor starts to serve: its end of the link is the only argument, settings and orders come over it."""
 
 from __future__ import annotations
 
 import faulthandler
-import json
 import logging
-import os
+import select
+import signal
+import socket
 import sys
 from typing import Any
 
-from weightfs.cli.mounting import serve_here
+from weightfs.cli.output import log_to_stderr
 from weightfs.config import MountConfig
-from weightfs.errors import UsageError, WeightfsError
-
-
-def _log_file(folder: str) -> str:
-    """The log's path; what the interpreter itself has to say, a crash included, goes there too.
-
-    Raises:
-        UsageError: the folder can't be written.
-    """
-    path = os.path.join(folder, "weightfs.log")
-    try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    except OSError as e:
-        reason = os.strerror(e.errno or 0)
-        raise UsageError(f"can't keep a log: {reason}", path=path, mend="--state-dir names another folder") from e
-    os.dup2(fd, 2)
-    os.close(fd)
-    faulthandler.enable()
-    return path
+from weightfs.errors import WeightfsError
+from weightfs.link import Link
+from weightfs.service import serve
+from weightfs.supervisor import described
 
 
 def main() -> None:
-    """Serve; the first line on the given descriptor is the mount document, or an error."""
-    outcome = int(sys.argv[1])
-    os.set_inheritable(outcome, False)
-    settings = MountConfig(**json.load(sys.stdin))
-
-    def say(document: dict[str, Any]) -> None:
-        os.write(outcome, json.dumps(document).encode() + b"\n")
-        os.close(outcome)
-
+    """Serve; an error is told to the supervisor."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable()
+    end = socket.socket(fileno=int(sys.argv[1]))
+    end.set_inheritable(False)
+    link = Link(end)
+    order = _first_words(link)["start"]
+    settings = MountConfig(**order["settings"])
+    log_to_stderr(settings.log_level)
     try:
-        serve_here(settings, say, log_file=_log_file(settings.state_folder))
+        serve(settings, order["kernel_fd"], order["ledger_fd"], link)
     except WeightfsError as e:
         logging.getLogger("weightfs").error("%s", e)
-        error = {"code": e.code, "message": e.message, "path": e.path, "mend": e.mend, "exit_code": e.exit_code}
-        say({"error": error})
+        link.say({"error": described(e)})
         sys.exit(e.exit_code)
+
+
+def _first_words(link: Link) -> dict[str, Any]:
+    select.select([link], [], [])
+    message = link.receive()
+    if message is None or message.words is None:
+        sys.exit("the supervisor has gone")
+    return message.words
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def _show(folder: str, *, quiet: bool) -> dict[str, Any]:
     finally:
         with contextlib.suppress(WeightfsError):
             mounts.unmount(mountpoint, lazy=True)
-        end(int(mounted["daemon_pid"]))
+        end(int(mounted["supervisor_pid"]))
 
 
 def _reads(mountpoint: str) -> int:

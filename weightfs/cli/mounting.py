@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import logging
 import os
 import select
 import subprocess
 import sys
 import time
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
 from weightfs import mounts
-from weightfs.cli.output import emit, human_bytes, printable, reporting, say
+from weightfs.cli.output import announce, emit, human_bytes, printable, reporting, say
 from weightfs.config import MountConfig, mount_config
 from weightfs.errors import BusyError, WeightfsError
+from weightfs.supervisor import ask_to_replace, raised
 
 _START_S: Final = 40.0
 _STATUS_S: Final = 5.0
 _END_S: Final = 5.0
-_LOG_BYTES: Final = 10 << 20
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
@@ -29,7 +29,10 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 def mount(
     source: Annotated[str, typer.Argument(help="Folder that holds the models.")],
     mountpoint: Annotated[str, typer.Argument(help="Existing folder to show them at.")],
-    foreground: Annotated[bool, typer.Option("--foreground", help="Serve in this process.")] = False,
+    foreground: Annotated[bool, typer.Option("--foreground", help="Become the mount's supervisor.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take over from the weightfs mounted there; no request fails.")
+    ] = False,
     engine: Annotated[str | None, typer.Option(help="auto, passthrough or portable.")] = None,
     allow_other: Annotated[
         bool | None, typer.Option("--allow-other/--no-allow-other", help="Other users too (root: yes).")
@@ -53,45 +56,54 @@ def mount(
             "log_level": log_level,
         }
         settings = mount_config(source, mountpoint, config, options)
-        if foreground:
-            serve_here(settings, lambda document: _announce(document, as_json))
+        if replace and (running := _running(settings)):
+            announce(replace_running(settings, running), as_json=as_json)
+        elif foreground:
+            _become_supervisor(settings, as_json)
         else:
-            _announce(start(settings), as_json)
+            announce(start(settings), as_json=as_json)
 
 
-def _announce(document: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        emit(document)
-    else:
-        say(
-            f"{document['source']} on {document['mountpoint']}: {document['engine']} engine "
-            f"({document['reason']}), pid {document['daemon_pid']}"
-        )
-        sys.stdout.flush()
+def _become_supervisor(settings: MountConfig, as_json: bool) -> NoReturn:
+    """This process, which a service manager may watch, is the supervisor from now on."""
+    said = os.memfd_create("settings")
+    os.write(said, json.dumps(dataclasses.asdict(settings)).encode())
+    os.lseek(said, 0, os.SEEK_SET)
+    os.dup2(said, 0)
+    options = ["--foreground", *(["--json"] if as_json else [])]
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "weightfs.cli.supervise", *options])
 
 
-def serve_here(settings: MountConfig, mounted: Any, log_file: str | None = None) -> None:
-    """Serve in this process until it ends."""
-    from weightfs.service import serve
+def _running(settings: MountConfig) -> mounts.Mounted | None:
+    """The weightfs that is mounted where the settings say."""
+    return mounts.find(settings.mountpoint)
 
-    logging.basicConfig(
-        filename=log_file,
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        force=True,
-    )
-    serve(settings, mounted)
+
+def replace_running(settings: MountConfig, running: mounts.Mounted) -> dict[str, Any]:
+    """Have this version take over a mount; gives its mount document.
+
+    Raises:
+        WeightfsError: it can't, and why; the mount goes on as it was.
+    """
+    try:
+        return ask_to_replace(settings.supervisor_socket, settings, _START_S)
+    except OSError as e:
+        raise WeightfsError(
+            f"its supervisor can't be asked at {settings.supervisor_socket}: {os.strerror(e.errno or 0)}",
+            path=running.mountpoint,
+            mend="give the --state-dir that it was mounted with; a dead mount is taken away by mount without --replace",
+        ) from e
 
 
 def start(settings: MountConfig) -> dict[str, Any]:
-    """Start a daemon and wait until it serves; gives its mount document.
+    """Start a supervisor and wait until its daemon serves; gives the mount document.
 
     Raises:
         WeightfsError: what the daemon said before it ended.
         BusyError: it did not serve in time; it is ended.
     """
     reader, writer = os.pipe()
-    arguments = [sys.executable, "-m", "weightfs.cli.daemon", str(writer)]
+    arguments = [sys.executable, "-P", "-m", "weightfs.cli.supervise", "--outcome", str(writer)]
     with subprocess.Popen(
         arguments,
         stdin=subprocess.PIPE,
@@ -100,34 +112,26 @@ def start(settings: MountConfig) -> dict[str, Any]:
         pass_fds=[writer],
         start_new_session=True,
         cwd="/",
-    ) as daemon:
+    ) as supervisor:
         os.close(writer)
-        assert daemon.stdin is not None
-        fields = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-        daemon.stdin.write(json.dumps(fields).encode())
-        daemon.stdin.close()
+        assert supervisor.stdin is not None
+        supervisor.stdin.write(json.dumps(dataclasses.asdict(settings)).encode())
+        supervisor.stdin.close()
         said = _read_line(reader, _START_S)
         if said is None:
-            daemon.terminate()
+            supervisor.terminate()
             raise BusyError(f"did not serve within {_START_S:g} s", path=settings.mountpoint)
         if not said:
             raise WeightfsError(
-                f"the daemon ended with status {daemon.wait()} before it served", mend=_log_hint(settings)
+                f"the supervisor ended with status {supervisor.wait()} before it served", mend=_log_hint(settings)
             )
         answer: dict[str, Any] = json.loads(said)
         if "error" in answer:
-            daemon.wait()
-            raise _raised(answer["error"])
+            supervisor.wait()
+            raise raised(answer["error"])
         # It goes on without us: nothing here waits for it any more.
-        daemon.returncode = 0
+        supervisor.returncode = 0
         return answer
-
-
-def _raised(error: dict[str, Any]) -> WeightfsError:
-    found = WeightfsError(error["message"], path=error["path"], mend=error["mend"])
-    found.exit_code = error["exit_code"]  # type: ignore[misc]
-    found.code = error["code"]  # type: ignore[misc]
-    return found
 
 
 def _log_hint(settings: MountConfig) -> str:
@@ -160,21 +164,21 @@ def umount(
     """
     with reporting(as_json=as_json):
         here = _find(mountpoint)
-        pid = (_status_of(here) or {}).get("daemon_pid")
+        pid = (_status_of(here) or {}).get("supervisor_pid")
         mounts.unmount(here.mountpoint, lazy=lazy)
         if pid is not None and not lazy and not end(pid):
-            raise BusyError(f"is unmounted, but its daemon {pid} has not ended yet", path=here.mountpoint)
+            raise BusyError(f"is unmounted, but its supervisor {pid} has not ended yet", path=here.mountpoint)
         if as_json:
             emit({"mountpoint": here.mountpoint, "lazy": lazy})
 
 
 def end(pid: int) -> bool:
-    """Wait until a daemon whose mount is gone has ended; False when that takes too long."""
+    """Wait until the supervisor of a mount that is gone has ended; False when that takes too long."""
     try:
-        daemon = os.pidfd_open(pid)
+        supervisor = os.pidfd_open(pid)
     except ProcessLookupError:
         return True
-    with open(daemon, "rb", buffering=0) as handle:
+    with open(supervisor, "rb", buffering=0) as handle:
         return bool(select.select([handle], [], [], _END_S)[0])
 
 
@@ -236,7 +240,7 @@ def _show(said: dict[str, Any]) -> None:
     if said["engine"] is None:
         say("  does not answer")
         return
-    say(f"  engine     {said['engine']} ({said['reason']}), pid {said['daemon_pid']}, up {said['uptime_s']:.0f} s")
+    say(f"  engine     {said['engine']} ({said['reason']}), daemon {said['daemon_pid']}, up {said['uptime_s']:.0f} s")
     say(
         f"  weights    {said['models']} files in memory, {said['headers_parsed']} headers parsed, {said['opens']} opens"
     )

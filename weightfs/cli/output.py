@@ -25,6 +25,25 @@ def say(text: str) -> None:
     sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
 
 
+def announce(document: dict[str, Any], *, as_json: bool) -> None:
+    """Say that a mount serves."""
+    if as_json:
+        emit(document)
+        return
+    say(
+        f"{printable(document['source'])} on {printable(document['mountpoint'])}: {document['engine']} engine "
+        f"({document['reason']}), supervisor {document['supervisor_pid']}, daemon {document['daemon_pid']}"
+    )
+    sys.stdout.flush()
+
+
+def log_to_stderr(level: str) -> None:
+    """Log to stderr, which is the log file of a mount in the background."""
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s", force=True
+    )
+
+
 def fail(error: WeightfsError, *, as_json: bool) -> NoReturn:
     """One line (or document) of what, which path, why and what to do; then the exit code."""
     if as_json:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import time
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import msgspec
@@ -21,6 +22,9 @@ import msgspec
 from weightfs.formats.layout import Role, TensorExtent, WeightLayout
 
 SCHEMA: Final = 1
+MIGRATIONS: Final[Mapping[int, Callable[[bytes, bytes], bytes]]] = {}
+"""By schema: from a room's name and a record's encoding to that of the next schema. A step is added with each new
+schema, so that a version takes over from the one before it without any number changing its meaning."""
 ROOT_INODE: Final = 1
 IDENTITY_BYTES: Final = 16
 _SERIAL_BITS: Final = 32

@@ -23,14 +23,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
-from typing import Final, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final, Protocol, TypeVar
 
 import lmdb
 import msgspec
 
-from weightfs.errors import IndexStoreError
-from weightfs.index.schema import IDENTITY_BYTES, SCHEMA, EntryRecord, FileRecord, inode_number, new_epoch
+from weightfs.errors import IndexStoreError, UnfitError
+from weightfs.index.schema import (
+    IDENTITY_BYTES,
+    MIGRATIONS,
+    SCHEMA,
+    EntryRecord,
+    FileRecord,
+    inode_number,
+    new_epoch,
+)
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +72,25 @@ class _Meta(msgspec.Struct, frozen=True):
     epoch: int
 
 
+class Journal(Protocol):
+    """Where puts are noted until they are committed, and the numbers still to be given out. Outlives the process."""
+
+    def append(self, room: bytes, key: bytes, value: bytes) -> bool:
+        """Note a record; False when there is no room."""
+
+    def records(self) -> Iterator[tuple[bytes, bytes, bytes]]:
+        """Room, key, value of those noted, oldest first."""
+
+    def clear(self) -> None:
+        """All are committed."""
+
+    def numbers(self) -> tuple[int, int, int]:
+        """Epoch, next serial, end of the reserved block; zeros when there are none."""
+
+    def note_numbers(self, epoch: int, following: int, reserved: int) -> None:
+        """Serials from `following` to `reserved`, exclusive, are still to be given out."""
+
+
 class CorruptIndexError(IndexStoreError):
     """The file is there and is not an index of ours, or not any more."""
 
@@ -87,19 +114,26 @@ class IndexStore:
         set_aside: where an unusable predecessor was moved at open, with the reason, or None.
     """
 
-    def __init__(self, folder: str, source: str, *, epoch_after: int = 0) -> None:
+    def __init__(
+        self, folder: str, source: str, *, epoch_after: int = 0, journal: Journal | None = None, check: bool = True
+    ) -> None:
         """Open or make the index of `source` in `folder`.
 
         Args:
             folder: made if missing, mode 0700.
             source: absolute path or URL; an index of another source is foreign.
             epoch_after: a new index gets an epoch larger than this.
+            journal: what a predecessor left uncommitted, and where this process leaves it in turn.
+            check: whether an index that was not closed may be damaged. A process that is killed damages nothing: what
+                it wrote is in the page cache. A machine that stops may, and so may whoever writes into the file.
 
         Raises:
             IndexStoreError: the folder can't be written.
         """
         self._folder = folder
         self._source = source
+        self._journal = journal
+        self._may_be_damaged = check
         self._path = os.path.join(folder, "index.lmdb")
         self._lock = threading.RLock()
         self._wake = threading.Event()
@@ -113,6 +147,7 @@ class IndexStore:
         try:
             os.makedirs(folder, mode=0o700, exist_ok=True)
             self._open(epoch_after)
+            self._replay()
         except OSError as e:
             raise IndexStoreError(
                 f"can't keep an index: {os.strerror(e.errno or 0)}",
@@ -124,11 +159,37 @@ class IndexStore:
         self._writer = threading.Thread(target=self._write, name="index-writer", daemon=True)
         self._writer.start()
 
+    @staticmethod
+    def can_open(folder: str) -> None:
+        """Examine whether this version can go on with an index, and keep its numbers; changes nothing.
+
+        Raises:
+            UnfitError: it is of a schema that this version has no way from.
+        """
+        path = os.path.join(folder, "index.lmdb")
+        if not os.path.exists(path):
+            return
+        try:
+            with lmdb.open(path, subdir=False, readonly=True, max_dbs=len(_ROOMS), max_readers=512) as env:
+                room = env.open_db(b"meta", create=False)
+                with env.begin(db=room) as txn:
+                    raw = txn.get(b"meta")
+                    meta = msgspec.msgpack.decode(_unseal(b"meta", b"meta", bytes(raw or b"")), type=_Meta)
+        except (lmdb.Error, CorruptIndexError, msgspec.MsgspecError) as e:
+            log.warning("index not examined: %s", e)  # it is set aside when it is opened, as ever
+            return
+        if meta.schema != SCHEMA and meta.schema not in MIGRATIONS:
+            raise UnfitError(
+                f"the index has schema {meta.schema}, and this version knows no way from it to its own, {SCHEMA}",
+                path=path,
+                mend="umount, then mount again: a new index is built",
+            )
+
     # Opening
 
     def _open(self, epoch_after: int) -> None:
         try:
-            if os.path.exists(self._path):
+            if self._may_be_damaged and os.path.exists(self._path):
                 self._check()
             self._attach(epoch_after)
         except (*_DAMAGED, CorruptIndexError, msgspec.MsgspecError) as e:
@@ -195,10 +256,16 @@ class IndexStore:
                 else:
                     meta = msgspec.msgpack.decode(_unseal(b"meta", b"meta", bytes(raw)), type=_Meta)
                 self._judge(meta)
+                meta = self._migrate(txn, meta)
                 self.epoch = meta.epoch
                 self._note_epoch()
-                self._reserve(txn, 0)
-            env.sync(True)
+                taken_over = self._take_over_numbers()
+                if not taken_over:
+                    self._reserve(txn, 0)
+            if not taken_over:
+                env.sync(True)
+            env.reader_check()  # readers that were killed would keep their pages for ever
+            self._note_numbers()
         except BaseException:
             self._next = self._reserved = 0
             env.close()
@@ -206,6 +273,29 @@ class IndexStore:
         self._env = env
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._marker)
+
+    def _take_over_numbers(self) -> bool:
+        """Go on where the predecessor's block of numbers was left, if it was of this epoch."""
+        epoch, following, reserved = self._journal.numbers() if self._journal is not None else (0, 0, 0)
+        if epoch != self.epoch:
+            return False
+        self._next, self._reserved = following, reserved
+        return True
+
+    def _note_numbers(self) -> None:
+        if self._journal is not None:
+            self._journal.note_numbers(self.epoch, self._next, self._reserved)
+
+    def _replay(self) -> None:
+        """Put again what a predecessor had put and not committed."""
+        if self._journal is None:
+            return
+        for room, key, value in self._journal.records():
+            self._overlay[room, key] = value
+            if room == b"bases":
+                bisect.insort(self._pending_bases, int.from_bytes(key, "big"))
+        if self._overlay:
+            self._wake.set()
 
     def _last_epoch(self) -> int:
         """The epoch of the index that was here before, also when that is unreadable or the clock went back."""
@@ -231,8 +321,29 @@ class IndexStore:
     def _judge(self, meta: _Meta) -> None:
         if meta.product != "weightfs" or meta.source != self._source:
             raise CorruptIndexError(f"it belongs to {meta.product} {meta.source}")
-        if meta.schema != SCHEMA:
-            raise CorruptIndexError(f"its schema is {meta.schema}, this version reads {SCHEMA}")
+
+    def _migrate(self, txn: lmdb.Transaction, meta: _Meta) -> _Meta:
+        """Bring the index of an older version to this one's schema, numbers kept, in the transaction that opens it.
+
+        Raises:
+            CorruptIndexError: there is no way from that schema.
+        """
+        before = meta.schema
+        while meta.schema != SCHEMA:
+            step = MIGRATIONS.get(meta.schema)
+            if step is None:
+                raise CorruptIndexError(f"its schema is {meta.schema}, this version reads {SCHEMA}")
+            for room in _ROOMS[1:]:
+                with txn.cursor(db=self._rooms[room]) as cursor:
+                    for key, sealed in cursor:
+                        kept, value = bytes(key), _unseal(room, bytes(key), bytes(sealed))
+                        if (fresh := step(room, value)) != value:
+                            cursor.put(kept, _seal(room, kept, fresh))
+            meta = msgspec.structs.replace(meta, schema=meta.schema + 1)
+        if meta.schema != before:
+            txn.put(b"meta", _seal(b"meta", b"meta", msgspec.msgpack.encode(meta)), db=self._rooms[b"meta"])
+            log.warning("index brought from schema %d to %d", before, meta.schema)
+        return meta
 
     @property
     def _marker(self) -> str:
@@ -280,6 +391,7 @@ class IndexStore:
                     raise
             first = inode_number(self.epoch, self._next)
             self._next += count
+            self._note_numbers()
             return first
 
     def _reserve(self, txn: lmdb.Transaction, count: int) -> None:
@@ -402,6 +514,9 @@ class IndexStore:
         with self._lock:
             self._overlay[room, key] = value
             self._puts += 1
+            if self._journal is not None and not self._journal.append(room, key, value):
+                with contextlib.suppress(IndexStoreError):  # the writer tries again
+                    self.flush()
         if not self._wake.is_set():
             self._wake.set()
 
@@ -471,6 +586,8 @@ class IndexStore:
         with self._lock:
             if not self._overlay:
                 self._pending_bases.clear()
+                if self._journal is not None:
+                    self._journal.clear()
         self._sync()
 
     def _sync(self) -> None:

@@ -1,0 +1,50 @@
+"""What is said to systemd, and what it keeps: sd_notify(3), sd_listen_fds(3), the descriptor store.
+
+Without systemd every call does nothing.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+_FIRST_FD: Final = 3
+
+
+def notify(state: str, fds: Sequence[int] = ()) -> None:
+    """Send assignments such as `READY=1`; descriptors go with `FDSTORE=1` and stay the caller's."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as outlet, contextlib.suppress(OSError):
+        outlet.connect("\0" + address[1:] if address.startswith("@") else address)
+        outlet.sendmsg([state.encode()], rights)
+
+
+def keep(name: str, fd: int) -> None:
+    """Have the service manager hold a descriptor beyond this process, under a name without `:`."""
+    notify(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", [fd])
+
+
+def discard(name: str) -> None:
+    """Have it close what it holds under a name."""
+    notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+
+def kept(environment: Mapping[str, str], pid: int) -> dict[str, int]:
+    """The descriptors that were kept for this process, by name; inheritable no more. The caller owns them."""
+    if environment.get("LISTEN_PID") != str(pid):
+        return {}
+    count = int(environment.get("LISTEN_FDS", "0"))
+    names = environment.get("LISTEN_FDNAMES", "").split(":")
+    found = {}
+    for position in range(count):
+        fd = _FIRST_FD + position
+        os.set_inheritable(fd, False)
+        found[names[position] if position < len(names) else f"unnamed-{position}"] = fd
+    return found
