@@ -187,15 +187,15 @@ class Service:
                 self._retire()
 
     def _retire(self) -> None:
+        if not self._serves.is_set():
+            os._exit(0)
         self._retires = True
         self._channel.retire()
-        if not self._serves.is_set():
-            raise SystemExit(0)
 
     def _hand_over(self) -> None:
         """Leave everything as it is for the successor: open files stay open in the kernel, and in the ledger."""
         assert self._index is not None
-        self._index.close()
+        self._index.commit()  # a successor may use another schema than the journal's
         self._link.flush()
         self._ledger.end()
         logging.shutdown()
@@ -203,18 +203,15 @@ class Service:
 
     async def _end_orphaned(self) -> None:
         """The supervisor is gone. A mount that nobody would revive is taken away, unless systemd holds on to it."""
-        if not self._serves.is_set() or self._orders["kept_by_manager"]:
-            self._hand_over_orphaned()
+        if not self._serves.is_set():
+            os._exit(0)
+        if self._orders["kept_by_manager"]:
+            self._hand_over()
         log.warning("the supervisor is gone: ends the mount")
         lazily = await trio.to_thread.run_sync(self._unmount)
         if lazily:
             # Whoever has files open gets some time; what the kernel reads by itself goes on even after.
             await trio.sleep(_END_S / 2)
-
-    def _hand_over_orphaned(self) -> None:
-        if self._serves.is_set():
-            self._hand_over()
-        os._exit(0)
 
     def _unmount(self) -> bool:
         """Take the mountpoint away; gives whether it had to be done lazily."""

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 HANDOFF_VERSION: Final = 1
 _TICK_S: Final = 1.0
+_BATCH_S: Final = 0.01
 _STUCK_TICKS: Final = 10
 _DEAD_S: Final = 1.0  # after SIGKILL; longer is D state
 _YOUNG_S: Final = 1.0
@@ -170,6 +171,7 @@ class Supervisor:
                 self._turn()
             except Exception:
                 log.exception("the supervisor goes on after")
+                time.sleep(0.1)  # what failed may be tried again at once
         return self._ends
 
     def _turn(self) -> None:
@@ -236,15 +238,20 @@ class Supervisor:
         self._watch(child.pidfd, lambda: self._died(child))
 
     def _hear(self, child: _Child) -> None:
+        link, holdings = child.link.fileno(), False
         while True:
             try:
                 message = child.link.receive()
             except BlockingIOError:
-                return
+                break
             if message is None:  # its end is told by the pidfd
-                self._unwatch(child.link.fileno())
+                self._unwatch(link)
                 return
+            holdings |= message.words is None
             self._obey(child, message)
+        if holdings:  # more will come, one with each open; in the socket they are safe
+            self._unwatch(link)
+            self._after(f"hear-{child.pid}", _BATCH_S, lambda: self._watch(link, lambda: self._hear(child)))
 
     def _obey(self, child: _Child, message: Message) -> None:
         if message.hold is not None:
@@ -278,6 +285,14 @@ class Supervisor:
         self._serving = child
         if child.prepared:
             self._go(child)
+
+    def _succeed(self) -> None:
+        """Nobody serves: the candidate goes, or else the standby."""
+        if self._candidate is not None and self._candidate.prepared:
+            self._serving, self._candidate = self._candidate, None
+            self._go(self._serving)
+        else:
+            self._promote()
 
     def _go(self, child: _Child) -> None:
         if child.went_at is not None:
@@ -327,7 +342,8 @@ class Supervisor:
         status = _reap(child)
         os.close(child.pidfd)
         child.link.close()
-        self._timers.pop(f"flush-{child.pid}", None)
+        for name in ("flush", "hear"):
+            self._timers.pop(f"{name}-{child.pid}", None)
         if child in self._passed_over:
             self._passed_over.remove(child)
         if child is self._standby:
@@ -349,8 +365,7 @@ class Supervisor:
             self._finish(0)
             return
         if self._candidate is not None and self._candidate.prepared:  # it retired
-            self._serving, self._candidate = self._candidate, None
-            self._go(self._serving)
+            self._succeed()
             return
         served = child.served_at is not None
         if not served and (not self._is_known_clean or self._client is not None):
@@ -395,6 +410,8 @@ class Supervisor:
         if child is None:
             if _is_dead(self._kernel_fd):
                 self._finish(0)
+            elif "promote" not in self._timers:  # a daemon could not be started
+                self._after("promote", 0, self._promote)
             return
         if child.served_at is None:
             if time.monotonic() - (child.went_at or child.since) > _BEGIN_S:
@@ -419,7 +436,7 @@ class Supervisor:
                 log.error("daemon %d does not die: it is passed over", child.pid)
                 self._passed_over.append(child)
                 self._serving = None
-                self._promote()
+                self._succeed()
 
         self._after("pass-over", _DEAD_S, pass_over)
 
@@ -493,10 +510,8 @@ class Supervisor:
         self._timers.pop("candidate", None)
         retiring = self._serving
         if retiring is None:  # it died meanwhile
-            assert self._candidate is not None
             self._timers.pop("promote", None)
-            self._serving, self._candidate = self._candidate, None
-            self._go(self._serving)
+            self._succeed()
             return
         retiring.link.say({"retire": {}})
         self._after("retire", _RETIRE_S, lambda: self._kill(retiring) if self._serving is retiring else None)

@@ -572,6 +572,15 @@ class IndexStore:
         Raises:
             IndexStoreError: it could not be written; nothing is lost while the process lives.
         """
+        self._commit()
+        self._sync()
+
+    def commit(self) -> None:
+        """Commit what is pending, for a process that opens the index next; what can't be is in the journal."""
+        with contextlib.suppress(IndexStoreError):
+            self._commit()
+
+    def _commit(self) -> None:
         while self._overlay:
             with self._lock:
                 group = dict(itertools.islice(self._overlay.items(), _GROUP))
@@ -588,7 +597,6 @@ class IndexStore:
                 self._pending_bases.clear()
                 if self._journal is not None:
                     self._journal.clear()
-        self._sync()
 
     def _sync(self) -> None:
         if (env := self._env) is not None:
