@@ -17,6 +17,7 @@ from weightfs import ledger, wire
 from weightfs.channel import Channel, ChannelConfig
 from weightfs.errors import StaleError, WeightfsError
 from weightfs.handles import HandleTable, Place
+from weightfs.ledger import Ledger
 
 FLAGS_IN = wire.FUSE_INIT_EXT | 0x1
 INIT_IN = struct.pack("<IIIII", 7, 45, 131072, FLAGS_IN, wire.FUSE2_PASSTHROUGH | wire.FUSE2_HAS_RESEND | 1) + bytes(44)
@@ -158,8 +159,13 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(*, passthrough: bool = False, deadline_s: float = 30.0, threads: int = 2) -> AsyncIterator[Stage]:
-    """Run a channel between a kernel and a pyfuse3; ends by cancelling, since a socket can't say ENODEV."""
+async def stage(
+    *, passthrough: bool = False, deadline_s: float = 30.0, threads: int = 2, book: Ledger | None = None
+) -> AsyncIterator[Stage]:
+    """Run a channel between a kernel and a pyfuse3; ends by cancelling, since a socket can't say ENODEV.
+
+    With a `book` it is a successor's, which has the right to read at once.
+    """
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in (near, far):
         end.setblocking(False)
@@ -178,8 +184,8 @@ async def stage(*, passthrough: bool = False, deadline_s: float = 30.0, threads:
         return []
 
     config = ChannelConfig(passthrough=passthrough, deadline_s=deadline_s, threads=threads)
-    book = ledger.create()
-    channel = Channel(near.fileno(), handles, ends.get, reopen, errno_of, ledger.Ledger(book), config)
+    book_fd = ledger.create()
+    channel = Channel(near.fileno(), handles, ends.get, reopen, errno_of, book or Ledger(book_fd), config)
     theirs_fd = channel._theirs.fileno()
     made = Stage(channel, Kernel(far), Pyfuse3(channel._theirs), handles, reopened, lambda _: None, ends)
     try:
@@ -191,6 +197,6 @@ async def stage(*, passthrough: bool = False, deadline_s: float = 30.0, threads:
         channel.close()
         handles.close()
         os.close(theirs_fd)  # libfuse does it
-        os.close(book)
+        os.close(book_fd)
         for end in (near, far):
             end.close()
