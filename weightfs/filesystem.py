@@ -330,7 +330,17 @@ class Filesystem:
         node = self._source_node(inode)
         if node is None or node.kind is not Kind.SOURCE:
             raise NotASymlinkError("is no symlink")
-        return await self._wait(self._source.readlink, self._tree.path(node))
+        path = self._tree.path(node)
+        try:
+            return await self._wait(self._source.readlink, path)
+        except OSError as e:
+            if e.errno == errno.EINVAL:
+                entry = await self._lstat(path)
+                if entry.inode_key == node.key and not entry.is_symlink:
+                    raise NotASymlinkError("is no symlink", path=os.fsdecode(path)) from None
+            if e.errno == errno.EINVAL or e.errno in _GONE:
+                raise StaleError("its name means something else now", path=os.fsdecode(path)) from None
+            raise
 
     # Listings
 
@@ -472,7 +482,8 @@ class Filesystem:
             except WouldBlockError:
                 return await self._wait_for_descriptor(path)
         except UnsupportedError:
-            if (await self._lstat(path)).inode_key == node.key:
+            entry = await self._lstat(path)
+            if entry.inode_key == node.key and not entry.is_file:  # else it was another one for a moment
                 raise
             raise StaleError("its name means something else now", path=os.fsdecode(path)) from None
         except OSError as e:
