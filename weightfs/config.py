@@ -34,6 +34,7 @@ class MountConfig:
         allow_other: whether other users may use the mount; None is yes for root, no otherwise.
         state_dir: index, log; None is `default_state_dir`.
         metrics_listen: HOST:PORT to serve Prometheus metrics on, or None.
+        control_group: whose members may use the control socket; None is nobody but the mount's owner.
         log_level: one of `LOG_LEVELS`.
         deadline_s: a request not answered by then fails with EIO.
         attribute_timeout_s: how long the kernel may believe a name or size without asking; changes show up after it.
@@ -45,6 +46,7 @@ class MountConfig:
     allow_other: bool | None = None
     state_dir: str | None = None
     metrics_listen: str | None = None
+    control_group: str | None = None
     log_level: str = "info"
     deadline_s: float = 30.0
     attribute_timeout_s: float = 1.0

@@ -30,7 +30,7 @@ FILES_GROUP = 4321
 
 # The folder is entered and every module imported before the privileges go: both may lie where only root can look.
 _CHILD = """
-import hashlib, json, os, stat, subprocess, sys
+import hashlib, json, os, socket, stat, subprocess, sys
 folder, uid, gid, groups, code = json.loads(sys.argv[1])
 os.fchdir(folder)
 os.setgroups(groups)
@@ -63,7 +63,7 @@ def as_user(user: User, folder: str, code: str) -> Any:
     """Run Python in `folder` as `user`; gives what it leaves in `result`, as JSON carries it.
 
     The code may use `answer(call, *arguments)`, which gives `errno N` for an OSError, `content`,
-    `attributes`, `os`, `stat` and `subprocess`.
+    `attributes`, and the modules imported above.
     """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
