@@ -14,6 +14,8 @@ from typing import Any, Final
 from weightfs.errors import UsageError
 
 ENGINES: Final = ("auto", "passthrough", "portable")
+STATE_BASE: Final = "/var/lib/weightfs"
+"""Where root's mounts keep what they remember, a folder each."""
 _LONGEST_S: Final = 86400.0
 _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
     "allow_other": (bool,),
@@ -75,7 +77,7 @@ class MountConfig:
 
 def default_state_dir(source: str) -> str:
     """The state folder of a source: readable in a listing, unique by digest."""
-    base = "/var/lib/weightfs"
+    base = STATE_BASE
     if os.geteuid() != 0:
         base = os.path.join(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "weightfs")
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", source).strip("-")[-40:] or "root"
