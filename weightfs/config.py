@@ -14,6 +14,8 @@ from typing import Any, Final
 from weightfs.errors import UsageError
 
 ENGINES: Final = ("auto", "passthrough", "portable")
+STATE_BASE: Final = "/var/lib/weightfs"
+"""Where root's mounts keep what they remember, a folder each."""
 _LONGEST_S: Final = 86400.0
 _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
     "allow_other": (bool,),
@@ -34,6 +36,7 @@ class MountConfig:
         allow_other: whether other users may use the mount; None is yes for root, no otherwise.
         state_dir: index, log; None is `default_state_dir`.
         metrics_listen: HOST:PORT to serve Prometheus metrics on, or None.
+        control_group: whose members may use the control socket; None is nobody but the mount's owner.
         log_level: one of `LOG_LEVELS`.
         deadline_s: a request not answered by then fails with EIO.
         attribute_timeout_s: how long the kernel may believe a name or size without asking; changes show up after it.
@@ -45,6 +48,7 @@ class MountConfig:
     allow_other: bool | None = None
     state_dir: str | None = None
     metrics_listen: str | None = None
+    control_group: str | None = None
     log_level: str = "info"
     deadline_s: float = 30.0
     attribute_timeout_s: float = 1.0
@@ -79,7 +83,7 @@ class MountConfig:
 
 def default_state_dir(source: str) -> str:
     """The state folder of a source: readable in a listing, unique by digest."""
-    base = "/var/lib/weightfs"
+    base = STATE_BASE
     if os.geteuid() != 0:
         base = os.path.join(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "weightfs")
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", source).strip("-")[-40:] or "root"

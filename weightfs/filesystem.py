@@ -45,6 +45,7 @@ from weightfs.index.schema import ROOT_INODE, Kind
 from weightfs.index.store import IndexStore
 from weightfs.library import Library, ParsedFile, ViewSet
 from weightfs.readables import Extent, LiveText, WholeFile
+from weightfs.rights import ACCESS_LIST, Rights, rights_of
 from weightfs.source.base import Source, SourceStat, WouldBlockError
 from weightfs.tree import Node, Tree
 from weightfs.walk import ListAhead, Rows
@@ -59,6 +60,7 @@ _GONE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV}
 _ACCESS_LISTS: Final = frozenset({b"system.posix_acl_access", b"system.posix_acl_default"})
 _XATTR: Final = b"user.weightfs."
 _READABLE_BITS: Final = 0o444
+_FOLDER_BITS: Final = 0o555
 _MAX_LISTINGS: Final = 64
 _DIRECTORY_BYTES: Final = 4096
 _FIRST_COOKIE: Final = 16
@@ -266,7 +268,7 @@ class Filesystem:
         )
 
     async def _folder_attributes(self, node: Node) -> Attributes:
-        """Of a virtual entry: owner and permissions are those of the source folder it belongs to."""
+        """Of a virtual entry: owner and permissions are those of its source folder, or of a set's files."""
         is_text = node.kind is Kind.STATE and node.name != STATE
         owner = self._node(node.parent)
         while owner.kind is not Kind.SOURCE:
@@ -278,16 +280,21 @@ class Filesystem:
             # The kernel keeps a listing for as long as the mtime stays: it must tell of changed files as well.
             name = os.fsdecode(node.name) if node.kind is Kind.VIEW_SET else None
             mtime_ns = await self._wait(self.library.last_change_ns, folder, name)
+        uid, gid, size = entry.uid, entry.gid, _DIRECTORY_BYTES
         if is_text:
             mode, size = stat.S_IFREG | _READABLE_BITS, len(self._texts[node.name]())
+        elif node.kind is Kind.VIEW_ROOT:
+            mode = stat.S_IFDIR | (entry.mode & _FOLDER_BITS)
         else:
-            mode, size = stat.S_IFDIR | (entry.mode & 0o555), _DIRECTORY_BYTES
+            mode = stat.S_IFDIR | _FOLDER_BITS
+            if node.kind is Kind.VIEW_SET and (rights := await self._wait(self._set_rights, folder, node.name)):
+                mode, uid, gid = stat.S_IFDIR | rights.mode, rights.uid, rights.gid
         return Attributes(
             inode=node.inode,
             mode=mode,
             nlink=1 if is_text else 2,
-            uid=entry.uid,
-            gid=entry.gid,
+            uid=uid,
+            gid=gid,
             rdev=0,
             size=size,
             blocks=0,
@@ -296,6 +303,10 @@ class Filesystem:
             mtime_ns=mtime_ns,
             ctime_ns=mtime_ns,
         )
+
+    def _set_rights(self, folder: bytes, name: bytes) -> Rights | None:
+        files = self.library.sets(self._source.names(folder)).get(os.fsdecode(name), ())
+        return rights_of(self._source, folder, map(os.fsencode, files))
 
     async def _view_attributes(self, inode: int) -> Attributes:
         parsed, position, npy = await self._view(inode)
@@ -322,7 +333,17 @@ class Filesystem:
         node = self._source_node(inode)
         if node is None or node.kind is not Kind.SOURCE:
             raise NotASymlinkError("is no symlink")
-        return await self._wait(self._source.readlink, self._tree.path(node))
+        path = self._tree.path(node)
+        try:
+            return await self._wait(self._source.readlink, path)
+        except OSError as e:
+            if e.errno == errno.EINVAL:
+                entry = await self._lstat(path)
+                if entry.inode_key == node.key and not entry.is_symlink:
+                    raise NotASymlinkError("is no symlink", path=os.fsdecode(path)) from None
+            if e.errno == errno.EINVAL or e.errno in _GONE:
+                raise StaleError("its name means something else now", path=os.fsdecode(path)) from None
+            raise
 
     # Listings
 
@@ -484,7 +505,8 @@ class Filesystem:
             except WouldBlockError:
                 return await self._wait_for_descriptor(path)
         except UnsupportedError:
-            if (await self._lstat(path)).inode_key == node.key:
+            entry = await self._lstat(path)
+            if entry.inode_key == node.key and not entry.is_file:  # else it was another one for a moment
                 raise
             raise StaleError("its name means something else now", path=os.fsdecode(path)) from None
         except OSError as e:
@@ -532,6 +554,8 @@ class Filesystem:
         if node is not None:
             if node.kind is Kind.STATE or (node.kind is not Kind.SOURCE and name not in _ACCESS_LISTS):
                 raise NoAttributeError(os.fsdecode(name))
+            if node.kind is Kind.VIEW_SET:
+                return await self._set_access_list(node, name)
             while node.kind is not Kind.SOURCE:
                 node = self._node(node.parent)
             return await self._wait(self._source.getxattr, self._tree.path(node), name)
@@ -543,6 +567,13 @@ class Filesystem:
         if name not in attributes:
             raise NoAttributeError(os.fsdecode(name))
         return attributes[name]
+
+    async def _set_access_list(self, node: Node, name: bytes) -> bytes:
+        folder = self._tree.path(self._node(self._node(node.parent).parent))
+        rights = await self._wait(self._set_rights, folder, node.name)
+        if name != ACCESS_LIST or rights is None or rights.access_list is None:
+            raise NoAttributeError(os.fsdecode(name))
+        return rights.access_list
 
     async def listxattr(self, inode: int) -> list[bytes]:
         """Names of the extended attributes."""

@@ -116,7 +116,7 @@ def test_a_file_has_the_same_names_with_either_dash(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         'engine = "portable"\nallow-other = false\nstate_dir = "/s"\ndeadline-s = 5\nattribute_timeout_s = 0.5\n'
-        'log-level = "debug"\nmetrics-listen = ":1"\n',
+        'log-level = "debug"\nmetrics-listen = ":1"\ncontrol-group = "ml"\n',
     )
     assert read_config(path) == {
         "engine": "portable",
@@ -126,6 +126,7 @@ def test_a_file_has_the_same_names_with_either_dash(tmp_path: Path) -> None:
         "attribute_timeout_s": 0.5,
         "log_level": "debug",
         "metrics_listen": ":1",
+        "control_group": "ml",
     }
 
 

@@ -153,11 +153,11 @@ def test_tensors_are_files(fs: Filesystem, root: str) -> None:
             find(fs, path)
 
 
-def test_view_folders_have_the_rights_of_their_folder(fs: Filesystem, root: str) -> None:
+def test_view_folders_have_the_rights_of_their_folder_and_sets_of_their_files(fs: Filesystem, root: str) -> None:
     os.chmod(f"{root}/one", 0o750)
-    for path in ("one/.tensors", "one/.tensors/m", "one/.npy"):
+    for path, mode in (("one/.tensors", 0o550), ("one/.npy", 0o550), ("one/.tensors/m", 0o555)):
         found = find(fs, path)
-        assert found.mode == stat.S_IFDIR | 0o550
+        assert found.mode == stat.S_IFDIR | mode
         assert found.uid == os.stat(f"{root}/one").st_uid
         assert run(fs.getattr, found.inode) == found
 

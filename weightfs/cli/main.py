@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from weightfs.cli import demo, inspecting, mounting
+from weightfs.cli import demo, inspecting, mounting, setup
 
 app = typer.Typer(
     name="weightfs",
@@ -19,6 +19,7 @@ app.command()(mounting.status)
 app.command()(inspecting.ls)
 app.command()(inspecting.verify)
 app.command()(inspecting.doctor)
+app.command()(setup.setup)
 app.command()(demo.demo)
 
 

@@ -39,6 +39,7 @@ def mount(
     ] = None,
     state_dir: Annotated[str | None, typer.Option(help="Folder for index and log.")] = None,
     metrics_listen: Annotated[str | None, typer.Option(help="HOST:PORT for Prometheus.")] = None,
+    control_group: Annotated[str | None, typer.Option(help="Group that may use the control socket.")] = None,
     config: Annotated[str | None, typer.Option(help="TOML file with the same names.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     as_json: Json = False,
@@ -53,6 +54,7 @@ def mount(
             "allow_other": allow_other,
             "state_dir": os.path.abspath(state_dir) if state_dir else None,
             "metrics_listen": metrics_listen,
+            "control_group": control_group,
             "log_level": log_level,
         }
         settings = mount_config(source, mountpoint, config, options)
