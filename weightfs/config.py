@@ -76,9 +76,18 @@ class MountConfig:
 
     @property
     def supervisor_socket(self) -> str:
-        """Where the mount's supervisor listens: one for each mountpoint, since mounts may share a state folder."""
+        """Where the mount's supervisor listens."""
+        return self._socket("supervisor")
+
+    @property
+    def control_socket(self) -> str:
+        """Where the mount's daemon listens."""
+        return self._socket("control")
+
+    def _socket(self, kind: str) -> str:
+        # One for each mountpoint, since mounts of one source share a state folder.
         digest = hashlib.blake2b(os.fsencode(self.mountpoint), digest_size=6).hexdigest()
-        return os.path.join(self.state_folder, f"supervisor-{digest}.sock")
+        return os.path.join(self.state_folder, f"{kind}-{digest}.sock")
 
 
 def default_state_dir(source: str) -> str:

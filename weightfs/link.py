@@ -18,7 +18,7 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 _HOLDING: Final = struct.Struct("<cQ")
@@ -136,50 +136,3 @@ class Link:
             except BlockingIOError:
                 return False
         return True
-
-
-def listen_private(path: str) -> socket.socket:
-    """A listening SOCK_SEQPACKET socket for its owner alone, in place of one that was left there.
-
-    The path may be longer than the 108 bytes that unix(7) has room for.
-
-    Raises:
-        OSError: it can't be made there.
-    """
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        with _short(path) as name:
-            listener.bind(name)
-        os.chmod(path, 0o600)
-        listener.listen(8)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def connect(path: str) -> socket.socket:
-    """A connection to what `listen_private` made.
-
-    Raises:
-        OSError: nobody listens there.
-    """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    try:
-        with _short(path) as name:
-            connection.connect(name)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-@contextlib.contextmanager
-def _short(path: str) -> Iterator[str]:
-    folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{folder}/{os.path.basename(path)}"
-    finally:
-        os.close(folder)

@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Final
 
-FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+FORMAT: Final = "%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"
 LONGEST_BYTES: Final = 10 << 20
 KEPT: Final = 3
 _LONGEST_LINE_BYTES: Final = 64 << 10
@@ -149,13 +149,18 @@ class Sparing(logging.Filter):
         return count < self._burst
 
 
-def log_to(path: str, level: str, *, also: int | None = None) -> LogFile:
-    """Let everything this process logs go to a file, and nowhere else; gives its handler.
+def log_to(path: str | None, level: str) -> logging.Handler:
+    """Let everything this process logs go to a file, and stderr with it, or only there (None); gives the handler.
 
     Raises:
         OSError: it can't be written.
     """
-    handler = LogFile(path, also=also)
+    handler: logging.Handler
+    if path is None:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(FORMAT))
+    else:
+        handler = LogFile(path, also=2)
     handler.addFilter(Sparing())
     root = logging.getLogger()
     for old in list(root.handlers):

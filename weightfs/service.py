@@ -13,16 +13,19 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, Final
 
 import pyfuse3
 import trio
 
-from weightfs import metrics, mounts
+from weightfs import control_server, metrics, mounts
 from weightfs.channel import Channel, ChannelConfig
 from weightfs.config import MountConfig, listen_address
+from weightfs.control import Peer
 from weightfs.errors import UnfitError, WeightfsError
 from weightfs.filesystem import Filesystem, FilesystemConfig
 from weightfs.fuse import FuseOperations, errno_of
@@ -45,13 +48,16 @@ STATUS_SCHEMA: Final = 1
 class Service:
     """One mount, served by this process."""
 
-    def __init__(self, config: MountConfig, kernel_fd: int, ledger: Ledger, link: Link) -> None:
+    def __init__(
+        self, config: MountConfig, kernel_fd: int, ledger: Ledger, control: socket.socket | None, link: Link
+    ) -> None:
         """Prepare, without touching what a daemon that still serves may use.
 
         Args:
             config: of the mount.
             kernel_fd: /dev/fuse, mounted, non-blocking; stays the caller's.
             ledger: of the mount.
+            control: the listening control socket, if there is one; stays the caller's.
             link: to the supervisor.
 
         Raises:
@@ -60,6 +66,7 @@ class Service:
         self.config = config
         self._kernel_fd = kernel_fd
         self._ledger = ledger
+        self._control = control
         self._link = link
         self._keeper = SupervisedKeeper(ledger, link)
         self._source = LocalSource(config.source)
@@ -106,7 +113,7 @@ class Service:
                 nursery.start_soon(self._listen, nursery.cancel_scope)
                 nursery.start_soon(self._retire_on_signal)
                 nursery.start_soon(pyfuse3.main)
-                nursery.start_soon(self._announce)
+                nursery.start_soon(self._announce, nursery)
                 await channel.run(self._may_read)
                 if self._retires:
                     self._hand_over()
@@ -144,7 +151,7 @@ class Service:
         self._serves.set()
         return orphans
 
-    async def _announce(self) -> None:
+    async def _announce(self, nursery: trio.Nursery) -> None:
         await self._serves.wait()
         with trio.fail_after(self.config.deadline_s):
             await self._channel.ready.wait()
@@ -156,6 +163,8 @@ class Service:
         if (here := mounts.find(self.config.mountpoint)) is not None:
             # Not through the mount: the kernel may be asking us something at this very moment.
             await trio.to_thread.run_sync(mounts.raise_readahead, here, _READAHEAD_KIB)
+        if self._control is not None:
+            nursery.start_soon(control_server.serve, self._control, {"status": self._control_status})
         if self.config.metrics_listen:
             metrics.serve(listen_address(self.config.metrics_listen), self.status)
 
@@ -281,11 +290,14 @@ class Service:
             "prefetch": None,
         }
 
+    async def _control_status(self, request: Mapping[str, Any], peer: Peer) -> dict[str, Any]:
+        return await trio.to_thread.run_sync(self.status)
+
     def _status_text(self) -> bytes:
         return json.dumps(self.status(), indent=1).encode() + b"\n"
 
 
-def serve(config: MountConfig, kernel_fd: int, ledger_fd: int, link: Link) -> None:
+def serve(config: MountConfig, kernel_fd: int, ledger_fd: int, control_fd: int | None, link: Link) -> None:
     """Prepare, and serve a mounted kernel descriptor when the supervisor says so, until the end.
 
     Raises:
@@ -294,7 +306,8 @@ def serve(config: MountConfig, kernel_fd: int, ledger_fd: int, link: Link) -> No
     os.umask(0o077)
     # At the default of 5 ms a thread that computes makes every reply wait that long for the interpreter.
     sys.setswitchinterval(0.0005)
-    service = Service(config, kernel_fd, Ledger(ledger_fd), link)
+    control = socket.socket(fileno=control_fd) if control_fd is not None else None
+    service = Service(config, kernel_fd, Ledger(ledger_fd), control, link)
     try:
         trio.run(service.run)
     except* WeightfsError as group:

@@ -31,15 +31,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from weightfs import ledger, mounts, systemd
+from weightfs import control, ledger, mounts, systemd
 from weightfs.config import MountConfig
-from weightfs.errors import BusyError, UnfitError, WeightfsError
-from weightfs.link import MOST_DESCRIPTORS, Link, Message, connect, listen_private
+from weightfs.errors import BusyError, UnfitError, UsageError, WeightfsError
+from weightfs.link import MOST_DESCRIPTORS, Link, Message
 
 log = logging.getLogger(__name__)
 
 HANDOFF_VERSION: Final = 1
 _TICK_S: Final = 1.0
+_REQUEST_S: Final = 5.0
 _BATCH_S: Final = 0.01
 _STUCK_TICKS: Final = 10
 _DEAD_S: Final = 1.0  # after SIGKILL; longer is D state
@@ -53,6 +54,11 @@ _LAZY_S: Final = 2.0
 _END_S: Final = 1.5
 _SUSPECT_DEATHS: Final = 2
 """Deaths in a row of daemons that had just begun: the index is walked before the next one maps it."""
+_PASSED_ON: Final = frozenset({"PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"})
+_PREFIXES: Final = ("PYTHON", "LC_", "XDG_", "WEIGHTFS_", "COVERAGE_", "PYENV_")
+_HANDED_OFF: Final = (
+    "kernel_fd", "ledger_fd", "held", "child", "listener_fd", "control_fd", "mounted_at", "is_kept", "log_file",
+)  # fmt: skip
 _KERNEL_NAME: Final = "weightfs-kernel"
 _LEDGER_NAME: Final = "weightfs-ledger"
 _HELD_NAME: Final = "weightfs-held-"
@@ -77,9 +83,8 @@ class Version:
 
 
 def _for_children(environment: Mapping[str, str]) -> dict[str, str]:
-    """What belongs to one process alone is left out."""
-    mine = {"NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID"}
-    return {name: value for name, value in environment.items() if name not in mine}
+    """What a daemon needs of an environment: it is written down and sent, and secrets have no business in it."""
+    return {name: value for name, value in environment.items() if name in _PASSED_ON or name.startswith(_PREFIXES)}
 
 
 @dataclass(slots=True, eq=False)
@@ -105,14 +110,19 @@ class Supervisor:
     Args:
         settings: of the mount.
         said: called once with the mount document, or with an `error`.
+        log_file: where daemons log; None is stderr.
 
     Attributes:
         settings: of the mount, as it is served now.
+        log_file: see above.
     """
 
-    def __init__(self, settings: MountConfig, said: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(
+        self, settings: MountConfig, said: Callable[[dict[str, Any]], None], log_file: str | None = None
+    ) -> None:
         self.settings = settings
         self._said = said
+        self.log_file = log_file
         self._version = Version.own()
         self._kernel_fd = -1
         self._ledger_fd = -1
@@ -122,6 +132,7 @@ class Supervisor:
         self._candidate: _Child | None = None
         self._passed_over: list[_Child] = []
         self._listener: socket.socket | None = None
+        self._control: socket.socket | None = None
         self._client: socket.socket | None = None
         self._poll = select.poll()
         self._on: dict[int, Callable[[], None]] = {}
@@ -216,6 +227,7 @@ class Supervisor:
         link, theirs = Link.pair()
         with theirs:
             fds = [theirs.fileno(), self._kernel_fd, self._ledger_fd]
+            fds += [self._control.fileno()] if self._control is not None else []
             process = subprocess.Popen(
                 [version.interpreter, "-P", "-m", "weightfs.cli.daemon", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
@@ -225,11 +237,17 @@ class Supervisor:
                 cwd="/",
             )
         child = _Child(process.pid, os.pidfd_open(process.pid), link, version, settings, process)
-        link.say({
-            "start": {
-                "settings": dataclasses.asdict(settings), "kernel_fd": self._kernel_fd, "ledger_fd": self._ledger_fd,
+        link.say(
+            {
+                "start": {
+                    "settings": dataclasses.asdict(settings),
+                    "kernel_fd": self._kernel_fd,
+                    "ledger_fd": self._ledger_fd,
+                    "control_fd": self._control.fileno() if self._control is not None else None,
+                    "log_file": self.log_file,
+                }
             }
-        })  # fmt: skip
+        )
         self._watch_child(child)
         return child
 
@@ -443,38 +461,50 @@ class Supervisor:
     # Replacement
 
     def _listen(self) -> None:
-        if self._listener is None:
-            try:
-                self._listener = listen_private(self.settings.supervisor_socket)
-            except OSError as e:
-                log.warning("no --replace: can't listen at %s: %s", self.settings.supervisor_socket, e.strerror)
-                return
-        self._watch(self._listener.fileno(), self._accept)
+        try:
+            if self._listener is None:
+                self._listener = control.bind(self.settings.supervisor_socket, None)
+            if self._control is None:
+                self._control = control.bind(self.settings.control_socket, self.settings.control_group)
+        except BusyError:  # another mount of this very mountpoint has them
+            log.warning("no --replace and no control: somebody listens at %s", self.settings.supervisor_socket)
+        if self._listener is not None:
+            self._listener.setblocking(False)
+            self._watch(self._listener.fileno(), self._accept)
 
     def _accept(self) -> None:
         assert self._listener is not None
         connection, _ = self._listener.accept()
         connection.setblocking(False)
-        self._watch(connection.fileno(), lambda: self._asked(connection))
-        self._after(f"asked-{connection.fileno()}", _TICK_S, lambda: self._hang_up(connection))
+        said = bytearray()
+        self._watch(connection.fileno(), lambda: self._asked(connection, said))
+        self._after(f"asked-{connection.fileno()}", _REQUEST_S, lambda: self._hang_up(connection))
 
     def _hang_up(self, connection: socket.socket) -> None:
         self._unwatch(connection.fileno())
+        self._timers.pop(f"asked-{connection.fileno()}", None)
         connection.close()
 
-    def _asked(self, connection: socket.socket) -> None:
+    def _asked(self, connection: socket.socket, said: bytearray) -> None:
+        part = connection.recv(1 << 16)
+        said += part
+        if not part or len(said) > control.LONGEST_REQUEST_BYTES:
+            self._hang_up(connection)
+        if not said.endswith(b"\n"):
+            return
         self._unwatch(connection.fileno())
         self._timers.pop(f"asked-{connection.fileno()}", None)
         try:
-            request = json.loads(connection.recv(1 << 20))["replace"]
+            request = json.loads(said)
             settings = MountConfig(**request["settings"])
             version = Version(interpreter=request["interpreter"], environment=_for_children(request["environment"]))
-        except (OSError, ValueError, TypeError, KeyError, WeightfsError) as e:
-            _reply(connection, {"error": {"code": "usage", "message": f"not understood: {e}"}})
+        except (ValueError, TypeError, KeyError, AttributeError, WeightfsError) as e:
+            error = UsageError(f"the running version does not understand the request: {e!r}")
+            _reply(connection, {"error": control.error_document(error)})
             return
         refusal = self._refusal(settings)
         if refusal is not None:
-            _reply(connection, {"error": described(refusal)})
+            _reply(connection, {"error": control.error_document(refusal)})
             return
         self._client = connection
         log.info("a new version is to take over: %s", version.interpreter)
@@ -539,6 +569,8 @@ class Supervisor:
             "held": list(self._held.items()),
             "child": {"pid": serving.pid, "link_fd": serving.link.fileno(), "went_at": serving.went_at},
             "listener_fd": self._listener.fileno() if self._listener is not None else None,
+            "control_fd": self._control.fileno() if self._control is not None else None,
+            "log_file": self.log_file,
             "mounted_at": self._mounted_at,
             "is_kept": self._is_kept,
         }
@@ -554,8 +586,9 @@ class Supervisor:
             os.close(handoff)
             self._have_standby()
             return
-        kept = [self._kernel_fd, self._ledger_fd, serving.link.fileno(), *self._held.values()]
-        for fd in kept if self._listener is None else [*kept, self._listener.fileno()]:
+        listeners = [listener.fileno() for listener in (self._listener, self._control) if listener is not None]
+        kept = [self._kernel_fd, self._ledger_fd, serving.link.fileno(), *listeners, *self._held.values()]
+        for fd in kept:
             os.set_inheritable(fd, True)
         log.info("becomes %s", version.interpreter)
         try:
@@ -647,9 +680,13 @@ class Supervisor:
             self._dismiss(child)
         self._reap_dismissed()
         self._answer({"error": {"code": "failed", "message": "the mount has ended"}})
-        if self._listener is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self.settings.supervisor_socket)
+        for listener, path in (
+            (self._listener, self.settings.supervisor_socket),
+            (self._control, self.settings.control_socket),
+        ):
+            if listener is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
         if self._is_kept and not mounts.find(self.settings.mountpoint):
             systemd.discard(_KERNEL_NAME)
             systemd.discard(_LEDGER_NAME)
@@ -657,7 +694,7 @@ class Supervisor:
 
     def _say_error(self, error: WeightfsError) -> None:
         log.error("%s", error)
-        self._said({"error": described(error)})
+        self._said({"error": control.error_document(error)})
 
     # Going on after exec
 
@@ -665,19 +702,21 @@ class Supervisor:
     def resume(cls, handoff: int) -> Supervisor:
         """The supervisor that a predecessor described before it became this process."""
         document = _read_handoff(handoff)
-        self = cls(MountConfig(**document["settings"]), lambda _: None)
+        self = cls(MountConfig(**document["settings"]), lambda _: None, document["log_file"])
         self._kernel_fd, self._ledger_fd = document["kernel_fd"], document["ledger_fd"]
         self._held = {int(inode): fd for inode, fd in document["held"]}
         self._mounted_at = document["mounted_at"]
         self._is_kept = document["is_kept"]
         self._is_mounted = self._is_known_clean = True
-        if document["listener_fd"] is not None:
-            self._listener = socket.socket(fileno=document["listener_fd"])
+        self._listener, self._control = (
+            socket.socket(fileno=document[key]) if document[key] is not None else None
+            for key in ("listener_fd", "control_fd")
+        )
         told = document["child"]
         link = Link(socket.socket(fileno=told["link_fd"]))
-        for fd in (self._kernel_fd, self._ledger_fd, link.fileno(), *self._held.values(), document["listener_fd"]):
-            if fd is not None:
-                os.set_inheritable(fd, False)
+        listeners = [listener.fileno() for listener in (self._listener, self._control) if listener is not None]
+        for fd in (self._kernel_fd, self._ledger_fd, link.fileno(), *listeners, *self._held.values()):
+            os.set_inheritable(fd, False)
         child = _Child(told["pid"], os.pidfd_open(told["pid"]), link, self._version, self.settings, prepared=True)
         child.went_at = child.served_at = told["went_at"]
         self._serving = child
@@ -706,7 +745,17 @@ def examine(handoff: int) -> None:
     """
     document = _read_handoff(handoff)
     MountConfig(**document["settings"])
-    for key in ("kernel_fd", "ledger_fd", "held", "child", "listener_fd", "mounted_at", "is_kept"):
+    for key in (
+        "kernel_fd",
+        "ledger_fd",
+        "held",
+        "child",
+        "listener_fd",
+        "control_fd",
+        "mounted_at",
+        "is_kept",
+        "log_file",
+    ):
         document[key]
 
 
@@ -732,49 +781,23 @@ def _because(child: _Child) -> str:
     return f": {child.error['message']}" if child.error else ""
 
 
-def described(error: WeightfsError) -> dict[str, Any]:
-    """An error in words, for another process: the inverse of `raised`."""
-    return {
-        "code": error.code, "message": error.message, "path": error.path, "mend": error.mend,
-        "exit_code": error.exit_code,
-    }  # fmt: skip
-
-
 def _reply(connection: socket.socket, document: dict[str, Any]) -> None:
     with connection, contextlib.suppress(OSError):
-        connection.send(json.dumps(document).encode())
+        connection.send(json.dumps(document).encode() + b"\n")
 
 
-def ask_to_replace(path: str, settings: MountConfig, timeout_s: float) -> dict[str, Any]:
-    """Ask the supervisor that listens at `path` to have this version take over; gives the mount document.
+def ask_to_replace(settings: MountConfig, timeout_s: float) -> dict[str, Any]:
+    """Ask a mount's supervisor to have this version take over; gives the mount document.
 
     Raises:
-        WeightfsError: it refused, and why; the running mount goes on.
+        WeightfsError: it refused, and why, and the running mount goes on; or nobody could be asked.
         BusyError: it did not answer in time.
-        OSError: nobody listens there.
     """
     version = Version.own()
     request = {
+        "command": "replace",
         "settings": dataclasses.asdict(settings),
         "interpreter": version.interpreter,
         "environment": dict(version.environment),
     }
-    with connect(path) as connection:
-        connection.settimeout(timeout_s)
-        connection.sendall(json.dumps({"replace": request}).encode())
-        try:
-            said = connection.recv(1 << 20)
-        except TimeoutError:
-            raise BusyError(f"had no answer within {timeout_s:g} s", path=settings.mountpoint) from None
-    answer = json.loads(said) if said else {"error": {"code": "failed", "message": "the supervisor ended"}}
-    if "error" in answer:
-        raise raised(answer["error"])
-    return dict(answer["serving"])
-
-
-def raised(error: Mapping[str, Any]) -> WeightfsError:
-    """The error that another process described."""
-    found = WeightfsError(error["message"], path=error.get("path"), mend=error.get("mend"))
-    found.exit_code = error.get("exit_code", 1)  # type: ignore[misc]
-    found.code = error["code"]  # type: ignore[misc]
-    return found
+    return dict(control.ask(settings.supervisor_socket, request, timeout_s)["serving"])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import select
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.unit.support import open_descriptors
-from weightfs.link import MOST_DESCRIPTORS, Link, Message, connect, listen_private
+from weightfs.link import MOST_DESCRIPTORS, Link, Message
 
 
 @pytest.fixture
@@ -110,32 +109,4 @@ def test_closing_gives_up_what_waits(file: int) -> None:
         ours.hold(inode, file)
     ours.close()
     theirs.close()
-    assert open_descriptors() == before
-
-
-def test_a_listener_for_its_owner_below_a_long_path(tmp_path: Path) -> None:
-    folder = tmp_path / ("x" * 200)
-    folder.mkdir()
-    path = str(folder / "supervisor.sock")
-    assert len(path) > 108
-    with listen_private(path) as first:
-        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
-        assert not first.getblocking()
-    with listen_private(path) as second, connect(path) as client:  # the one that was left there is replaced
-        served, _ = second.accept()
-        with served:
-            client.sendall(b"words")
-            assert served.recv(100) == b"words"
-
-
-def test_nobody_listens(tmp_path: Path) -> None:
-    before = open_descriptors()
-    with pytest.raises(FileNotFoundError):
-        connect(str(tmp_path / "none.sock"))
-    path = str(tmp_path / "left.sock")
-    listen_private(path).close()
-    with pytest.raises(ConnectionRefusedError):
-        connect(path)
-    with pytest.raises(FileNotFoundError):
-        listen_private(str(tmp_path / "no" / "folder.sock"))
     assert open_descriptors() == before

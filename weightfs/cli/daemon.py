@@ -10,12 +10,12 @@ import socket
 import sys
 from typing import Any
 
-from weightfs.cli.output import log_to_stderr
 from weightfs.config import MountConfig
+from weightfs.control import error_document
 from weightfs.errors import WeightfsError
 from weightfs.link import Link
+from weightfs.logs import log_to
 from weightfs.service import serve
-from weightfs.supervisor import described
 
 
 def main() -> None:
@@ -27,12 +27,12 @@ def main() -> None:
     link = Link(end)
     order = _first_words(link)["start"]
     settings = MountConfig(**order["settings"])
-    log_to_stderr(settings.log_level)
+    log_to(order["log_file"], settings.log_level)
     try:
-        serve(settings, order["kernel_fd"], order["ledger_fd"], link)
+        serve(settings, order["kernel_fd"], order["ledger_fd"], order["control_fd"], link)
     except WeightfsError as e:
         logging.getLogger("weightfs").error("%s", e)
-        link.say({"error": described(e)})
+        link.say({"error": error_document(e)})
         sys.exit(e.exit_code)
 
 

@@ -16,8 +16,9 @@ import typer
 from weightfs import mounts
 from weightfs.cli.output import announce, emit, human_bytes, printable, reporting, say
 from weightfs.config import MountConfig, mount_config
+from weightfs.control import error_from
 from weightfs.errors import BusyError, WeightfsError
-from weightfs.supervisor import ask_to_replace, raised
+from weightfs.supervisor import ask_to_replace
 
 _START_S: Final = 40.0
 _STATUS_S: Final = 5.0
@@ -87,14 +88,13 @@ def replace_running(settings: MountConfig, running: mounts.Mounted) -> dict[str,
     Raises:
         WeightfsError: it can't, and why; the mount goes on as it was.
     """
-    try:
-        return ask_to_replace(settings.supervisor_socket, settings, _START_S)
-    except OSError as e:
+    if not os.path.exists(settings.supervisor_socket):
         raise WeightfsError(
-            f"its supervisor can't be asked at {settings.supervisor_socket}: {os.strerror(e.errno or 0)}",
+            f"its supervisor does not listen at {settings.supervisor_socket}",
             path=running.mountpoint,
             mend="give the --state-dir that it was mounted with; a dead mount is taken away by mount without --replace",
-        ) from e
+        )
+    return ask_to_replace(settings, _START_S)
 
 
 def start(settings: MountConfig) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def start(settings: MountConfig) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(said)
         if "error" in answer:
             supervisor.wait()
-            raise raised(answer["error"])
+            raise error_from(answer["error"])
         # It goes on without us: nothing here waits for it any more.
         supervisor.returncode = 0
         return answer

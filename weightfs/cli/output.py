@@ -37,13 +37,6 @@ def announce(document: dict[str, Any], *, as_json: bool) -> None:
     sys.stdout.flush()
 
 
-def log_to_stderr(level: str) -> None:
-    """Log to stderr, which is the log file of a mount in the background."""
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s", force=True
-    )
-
-
 def fail(error: WeightfsError, *, as_json: bool) -> NoReturn:
     """One line (or document) of what, which path, why and what to do; then the exit code."""
     if as_json:

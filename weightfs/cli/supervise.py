@@ -16,10 +16,12 @@ import resource
 import sys
 from typing import Any, Final
 
-from weightfs.cli.output import announce, fail, log_to_stderr
+from weightfs.cli.output import announce, fail
 from weightfs.config import MountConfig
+from weightfs.control import error_document, error_from
 from weightfs.errors import UsageError, WeightfsError
-from weightfs.supervisor import Supervisor, described, examine, raised
+from weightfs.logs import log_to
+from weightfs.supervisor import Supervisor, examine
 
 _OOM_SCORE: Final = "-900"
 
@@ -39,12 +41,12 @@ def main() -> None:
     _prepare()
     if given.resume is not None:
         supervisor = Supervisor.resume(given.resume)
-        log_to_stderr(supervisor.settings.log_level)
         os.close(given.resume)
+        log_to(supervisor.log_file, supervisor.settings.log_level)
         sys.exit(supervisor.run_on())
     settings = MountConfig(**json.load(sys.stdin))
     if given.foreground:
-        log_to_stderr(settings.log_level)
+        log_to(None, settings.log_level)
         sys.exit(Supervisor(settings, lambda document: _print(document, given.json)).run())
     os.set_inheritable(given.outcome, False)
     sys.exit(_in_background(settings, given.outcome))
@@ -60,7 +62,7 @@ def _prepare() -> None:
 
 def _print(document: dict[str, Any], as_json: bool) -> None:
     if "error" in document:
-        fail(raised(document["error"]), as_json=as_json)
+        fail(error_from(document["error"]), as_json=as_json)
     announce(document, as_json=as_json)
 
 
@@ -71,29 +73,27 @@ def _in_background(settings: MountConfig, outcome: int) -> int:
         os.close(outcome)
 
     try:
-        _log_to_file(settings.state_folder)
+        path = _log_to_file(settings)
     except WeightfsError as e:
-        say({"error": described(e)})
+        say({"error": error_document(e)})
         return e.exit_code
-    log_to_stderr(settings.log_level)
-    return Supervisor(settings, say).run()
+    return Supervisor(settings, say, path).run()
 
 
-def _log_to_file(folder: str) -> None:
-    """Make the log this process's stderr: what the interpreter itself has to say, a crash included, goes there too.
+def _log_to_file(settings: MountConfig) -> str:
+    """Log to the state folder; what the interpreter itself has to say, a crash included, goes there too.
 
     Raises:
         UsageError: the folder can't be written.
     """
-    path = os.path.join(folder, "weightfs.log")
+    path = os.path.join(settings.state_folder, "weightfs.log")
     try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        os.makedirs(settings.state_folder, mode=0o700, exist_ok=True)
+        log_to(path, settings.log_level)
     except OSError as e:
         reason = os.strerror(e.errno or 0)
         raise UsageError(f"can't keep a log: {reason}", path=path, mend="--state-dir names another folder") from e
-    os.dup2(fd, 2)
-    os.close(fd)
+    return path
 
 
 if __name__ == "__main__":
