@@ -18,7 +18,7 @@ from weightfs.cli.output import announce, emit, human_bytes, printable, reportin
 from weightfs.config import MountConfig, mount_config
 from weightfs.control import error_from
 from weightfs.errors import BusyError, WeightfsError
-from weightfs.supervisor import ask_to_replace
+from weightfs.supervision.replacement import ask_to_replace
 
 _START_S: Final = 40.0
 _STATUS_S: Final = 5.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -14,7 +14,7 @@ from weightfs.errors import WeightfsError
 SCHEMA = 1
 
 
-def emit(document: dict[str, Any]) -> None:
+def emit(document: Mapping[str, Any]) -> None:
     """Write the one JSON document of a command."""
     sys.stdout.write(json.dumps({"schema": SCHEMA, **document}, indent=2, ensure_ascii=True) + "\n")
     sys.stdout.flush()
@@ -25,7 +25,7 @@ def say(text: str) -> None:
     sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
 
 
-def announce(document: dict[str, Any], *, as_json: bool) -> None:
+def announce(document: Mapping[str, Any], *, as_json: bool) -> None:
     """Say that a mount serves."""
     if as_json:
         emit(document)

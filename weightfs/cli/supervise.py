@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from typing import Any, Final
 
 from weightfs.cli.output import announce, fail
@@ -21,7 +22,8 @@ from weightfs.config import MountConfig
 from weightfs.control import error_document, error_from
 from weightfs.errors import UsageError, WeightfsError
 from weightfs.logs import log_to
-from weightfs.supervisor import Supervisor, examine
+from weightfs.supervision.replacement import read_handoff
+from weightfs.supervision.supervisor import Supervisor
 
 _OOM_SCORE: Final = "-900"
 
@@ -36,7 +38,7 @@ def main() -> None:
     arguments.add_argument("--examine", type=int)
     given = arguments.parse_args()
     if given.examine is not None:
-        examine(given.examine)
+        read_handoff(given.examine)
         return
     _prepare()
     if given.resume is not None:
@@ -60,14 +62,14 @@ def _prepare() -> None:
         score.write(_OOM_SCORE)  # all who read weights wait for this process
 
 
-def _print(document: dict[str, Any], as_json: bool) -> None:
+def _print(document: Mapping[str, Any], as_json: bool) -> None:
     if "error" in document:
         fail(error_from(document["error"]), as_json=as_json)
     announce(document, as_json=as_json)
 
 
 def _in_background(settings: MountConfig, outcome: int) -> int:
-    def say(document: dict[str, Any]) -> None:
+    def say(document: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):  # whoever asked may have given up
             os.write(outcome, json.dumps(document).encode() + b"\n")
         os.close(outcome)

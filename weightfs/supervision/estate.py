@@ -1,0 +1,190 @@
+"""What must not die with a daemon: the kernel's descriptor, the ledger, a descriptor of every open file, the sockets.
+
+It passes from process to process in three ways: to daemons by inheritance, to the next version's supervisor by exec,
+and by way of a service manager that keeps descriptors to whoever it starts next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import time
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from weightfs import control, ledger, mounts, systemd
+from weightfs.config import MountConfig
+from weightfs.errors import UsageError, WeightfsError
+
+log = logging.getLogger(__name__)
+
+_KERNEL_NAME: Final = "weightfs-kernel"
+_LEDGER_NAME: Final = "weightfs-ledger"
+_HELD_NAME: Final = "weightfs-held-"
+
+
+@dataclass(kw_only=True)
+class Estate:
+    """One mount's belongings.
+
+    Attributes:
+        kernel_fd: /dev/fuse, mounted, non-blocking.
+        ledger_fd: see `weightfs.ledger`.
+        held: a descriptor of every file that is open, by inode.
+        mounted_at: on the monotonic clock.
+        is_kept: whether a service manager keeps it beyond this process.
+        is_ours: whether the mountpoint is still to be taken away by us.
+        listener: the socket that replacement is asked on.
+        control: the socket that daemons answer on.
+    """
+
+    kernel_fd: int
+    ledger_fd: int
+    held: dict[int, int] = field(default_factory=dict)
+    mounted_at: float = field(default_factory=time.monotonic)
+    is_kept: bool = False
+    is_ours: bool = True
+    listener: socket.socket | None = None
+    control: socket.socket | None = None
+
+    @classmethod
+    def mount(cls, settings: MountConfig) -> Estate:
+        """Mount.
+
+        Raises:
+            WeightfsError: there is no source, or it can't be mounted there.
+        """
+        if not os.path.isdir(settings.source):  # before anything covers the mountpoint
+            raise UsageError("can't serve it: no such folder", path=settings.source, mend="name an existing folder")
+        mounts.clear_stale(settings.mountpoint)
+        kernel_fd = mounts.mount(settings.source, settings.mountpoint, for_others=settings.for_others)
+        self = cls(kernel_fd=kernel_fd, ledger_fd=ledger.create(), is_kept=_has_keeper())
+        if self.is_kept:
+            systemd.keep(_KERNEL_NAME, self.kernel_fd)
+            systemd.keep(_LEDGER_NAME, self.ledger_fd)
+        return self
+
+    @classmethod
+    def from_manager(cls, settings: MountConfig) -> Estate | None:
+        """What the service manager kept, if that still is a mount."""
+        kept = systemd.kept(os.environ, os.getpid())
+        kernel, book = kept.pop(_KERNEL_NAME, None), kept.pop(_LEDGER_NAME, None)
+        held = {int(name[len(_HELD_NAME) :], 16): fd for name, fd in kept.items() if name.startswith(_HELD_NAME)}
+        for inode in held:  # from now on they change with every open
+            systemd.discard(f"{_HELD_NAME}{inode:x}")
+        if kernel is not None and book is not None and not _is_dead(kernel) and mounts.find(settings.mountpoint):
+            return cls(kernel_fd=kernel, ledger_fd=book, held=held, is_kept=_has_keeper())
+        for fd in (kernel, book, *held.values()):
+            if fd is not None:
+                os.close(fd)
+        for name in (_KERNEL_NAME, _LEDGER_NAME):
+            systemd.discard(name)
+        return None
+
+    @classmethod
+    def from_handoff(cls, document: dict[str, Any]) -> Estate:
+        """What a predecessor described before it became this process."""
+        self = cls(
+            kernel_fd=document["kernel_fd"],
+            ledger_fd=document["ledger_fd"],
+            held={int(inode): fd for inode, fd in document["held"]},
+            mounted_at=document["mounted_at"],
+            is_kept=document["is_kept"],
+            listener=_socket_of(document["listener_fd"]),
+            control=_socket_of(document["control_fd"]),
+        )
+        self.set_inheritable(False)
+        return self
+
+    def handoff(self) -> dict[str, Any]:
+        """Described for `from_handoff`."""
+        return {
+            "kernel_fd": self.kernel_fd,
+            "ledger_fd": self.ledger_fd,
+            "held": list(self.held.items()),
+            "mounted_at": self.mounted_at,
+            "is_kept": self.is_kept,
+            "listener_fd": self.listener.fileno() if self.listener is not None else None,
+            "control_fd": self.control.fileno() if self.control is not None else None,
+        }
+
+    def set_inheritable(self, inheritable: bool) -> None:
+        """Whether all of it stays open across exec."""
+        sockets = [one.fileno() for one in (self.listener, self.control) if one is not None]
+        for fd in (self.kernel_fd, self.ledger_fd, *self.held.values(), *sockets):
+            os.set_inheritable(fd, inheritable)
+
+    def listen(self, settings: MountConfig) -> None:
+        """Make the sockets, where they are not there yet. A mount works without."""
+        try:
+            os.makedirs(settings.state_folder, mode=0o700, exist_ok=True)
+            if self.listener is None:
+                self.listener = control.bind(settings.supervisor_socket, None)
+            if self.control is None:
+                self.control = control.bind(settings.control_socket, settings.control_group)
+        except (OSError, WeightfsError) as e:
+            log.warning("no --replace, no control socket: %s", e)
+        if self.listener is not None:
+            self.listener.setblocking(False)
+
+    def hold(self, inode: int, fd: int) -> None:
+        """Keep a descriptor, which is ours from now on."""
+        self.drop(inode)
+        self.held[inode] = fd
+
+    def drop(self, inode: int) -> None:
+        """Close what is held for an inode."""
+        if (fd := self.held.pop(inode, None)) is not None:
+            os.close(fd)
+
+    def is_dead(self) -> bool:
+        """Whether the kernel has ended the connection: unmounted, and nobody has a file open."""
+        return _is_dead(self.kernel_fd)
+
+    def unmount(self, mountpoint: str) -> bool:
+        """Take the mountpoint away, once; gives whether that had to be done lazily."""
+        self.is_ours = False
+        if mounts.find(mountpoint) is None:
+            return False
+        try:
+            mounts.unmount(mountpoint)
+        except WeightfsError:
+            with contextlib.suppress(WeightfsError):
+                mounts.unmount(mountpoint, lazy=True)
+            return True
+        return False
+
+    def leave_to_manager(self) -> None:
+        """The service manager keeps it for whom it starts next."""
+        self.is_ours = False
+        for inode, fd in self.held.items():
+            systemd.keep(f"{_HELD_NAME}{inode:x}", fd)
+
+    def wind_up(self, settings: MountConfig) -> None:
+        """Take away what is left of it once nobody serves."""
+        for listener, path in ((self.listener, settings.supervisor_socket), (self.control, settings.control_socket)):
+            if listener is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+        if self.is_kept and not mounts.find(settings.mountpoint):
+            for name in (_KERNEL_NAME, _LEDGER_NAME):
+                systemd.discard(name)
+
+
+def _has_keeper() -> bool:
+    """Whether a service manager listens, and was told to keep descriptors (the unit says so to both)."""
+    return bool(os.environ.get("WEIGHTFS_FD_STORE")) and bool(os.environ.get("NOTIFY_SOCKET"))
+
+
+def _socket_of(fd: int | None) -> socket.socket | None:
+    return socket.socket(fileno=fd) if fd is not None else None
+
+
+def _is_dead(kernel_fd: int) -> bool:
+    # Asked, not watched: a watcher would be woken by every request.
+    poll = select.poll()
+    poll.register(kernel_fd, 0)
+    return bool(poll.poll(0))
