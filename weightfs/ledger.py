@@ -131,17 +131,25 @@ class Ledger:
                 f"the running mount's shared memory is of version {self._words[_VERSION_AT]}, this one knows {VERSION}",
                 mend="umount it, then mount again",
             )
+        self._after_death = 0
+        self._look()
+
+    def _look(self) -> None:
+        """Find out which rows are valid."""
         self._handle_table = _Rows(self._words, _HANDLES_AT, _HANDLE_WORDS, _HANDLES_HIGH_AT)
         self._inode_table = _Rows(self._words, _INODES_AT, _INODE_WORDS, _INODES_HIGH_AT)
         self._handle_rows = {(inode, handle): row for row, inode, handle in self._handle_table}
         self._inode_rows = {inode: row for row, inode, *_ in self._inode_table}
         self._resent = {self._words[at]: at for at in _RESENT_PLACES if self._words[at]}
-        self._after_death = 0
 
     # Who serves
 
     def begin(self) -> bool:
-        """A daemon begins to serve; gives whether the one before it died instead of ending."""
+        """A daemon begins to serve; gives whether the one before it died instead of ending.
+
+        A standby has mapped the ledger long before: what its predecessor has written since is seen from here on.
+        """
+        self._look()
         self._after_death = int(not self._words[_CLEAN_AT])
         self._words[_DEATHS_AT] += self._after_death
         self._words[_CLEAN_AT] = 0

@@ -214,3 +214,21 @@ def test_killed_at_any_instruction_no_row_is_half_there(book: int, seed: int) ->
     for room, key, value in found.records():
         assert room == b"keys"
         assert key == value[::-1]
+
+
+def test_a_standby_sees_what_was_written_while_it_waited(book: int) -> None:
+    """It maps the ledger long before it begins."""
+    first = Ledger(book)
+    first.begin()
+    first.put_inode(OpenRow(5, 1, 10, 20))
+    first.add_handle(5, 100)
+    standby = Ledger(book)
+    first.discard_handle(5, 100)
+    first.discard_inode(5)
+    first.put_inode(OpenRow(6, 2, 10, 20))
+    first.add_handle(6, 101)
+    assert standby.begin()
+    assert standby.handles() == {6: {101}}
+    assert [row.inode for row in standby.inodes()] == [6]
+    standby.discard_handle(6, 101)
+    assert Ledger(book).handles() == {}
