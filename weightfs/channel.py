@@ -137,6 +137,7 @@ class Channel:
         self._pending: dict[int, _Pending] = {}
         self._room = trio.Event()
         self._jobs: queue.SimpleQueue[tuple[int, Readable, int, int, int] | None] = queue.SimpleQueue()
+        self._offers_idmap = False
         self.passthrough: bool | None = None
         self.ready = trio.Event()
         self.requests: Counter[int] = Counter()
@@ -225,6 +226,7 @@ class Channel:
             if flags & wire.FUSE_INIT_EXT:
                 (flags2,) = struct.unpack_from("<I", buffer, wire.INIT_IN_FLAGS2_AT)
             self.passthrough = self._config.passthrough and bool(flags2 & wire.FUSE2_PASSTHROUGH)
+            self._offers_idmap = bool(flags2 & wire.FUSE2_ALLOW_IDMAP)
         while True:
             try:
                 self._ours.send(message)
@@ -350,6 +352,8 @@ class Channel:
         struct.pack_into("<HH", buffer, at + wire.INIT_MAX_BACKGROUND_AT, background, background * 3 // 4)
         struct.pack_into("<I", buffer, at + wire.INIT_MAX_WRITE_AT, 4096)
         struct.pack_into("<H", buffer, at + wire.INIT_MAX_PAGES_AT, _READ_BYTES // 4096)
+        if self._offers_idmap:
+            flags2 |= wire.FUSE2_ALLOW_IDMAP
         if self.passthrough:
             flags2 |= wire.FUSE2_PASSTHROUGH
             struct.pack_into("<I", buffer, at + wire.INIT_STACK_DEPTH_AT, self._config.stack_depth)

@@ -20,7 +20,7 @@ from typing import Any, Final
 import pyfuse3
 import trio
 
-from weightfs import metrics, mounts
+from weightfs import linux, metrics, mounts
 from weightfs.channel import Channel, ChannelConfig
 from weightfs.config import MountConfig, listen_address
 from weightfs.errors import UnfitError, WeightfsError
@@ -86,7 +86,7 @@ class Service:
             lambda nodeid: self._filesystem.open(nodeid, os.O_RDONLY),
             errno_of,
             ChannelConfig(
-                passthrough=self.config.engine != "portable" and mounts.is_privileged(),
+                passthrough=self.config.engine != "portable" and mounts.passthrough_refusal() is None,
                 stack_depth=2 if self._source.filesystem_type in _STACKED else 1,
                 deadline_s=self.config.deadline_s,
             ),
@@ -158,8 +158,8 @@ class Service:
             return "passthrough", "the kernel reads the files itself"
         if self.config.engine == "portable":
             return "portable", "asked for"
-        if not mounts.is_privileged():
-            return "portable", "passthrough needs CAP_SYS_ADMIN"
+        if (refusal := mounts.passthrough_refusal()) is not None:
+            return "portable", refusal
         return "portable", f"kernel {os.uname().release} has no FUSE passthrough (6.9 has)"
 
     def mount_document(self) -> dict[str, Any]:
@@ -222,6 +222,8 @@ def serve(config: MountConfig, mounted: Callable[[dict[str, Any]], None]) -> Non
         WeightfsError: it could not be mounted.
     """
     os.umask(0o077)
+    linux.raise_file_limit()
+    linux.avoid_oom()
     # At the default of 5 ms a thread that computes makes every reply wait that long for the interpreter.
     sys.setswitchinterval(0.0005)
     service = Service(config)

@@ -65,6 +65,7 @@ INIT_IN_FLAGS2_AT: Final = IN_HEADER_BYTES + 16
 FUSE_MAX_PAGES: Final = 1 << 22
 FUSE_INIT_EXT: Final = 1 << 30
 FUSE2_PASSTHROUGH: Final = 1 << 5  # bit 37
+FUSE2_ALLOW_IDMAP: Final = 1 << 8  # bit 40, Linux 6.12: whoever may can map the mount's owners for a container
 
 BACKING_OPEN: Final = 0x4010E501
 BACKING_CLOSE: Final = 0x4004E502

@@ -19,7 +19,9 @@ from weightfs.errors import StaleError, WeightfsError
 from weightfs.handles import HandleTable, Place
 
 FLAGS_IN = wire.FUSE_INIT_EXT | 0x1
-INIT_IN = struct.pack("<IIIII", 7, 45, 131072, FLAGS_IN, wire.FUSE2_PASSTHROUGH | 1) + bytes(44)
+INIT_IN = struct.pack("<IIIII", 7, 45, 131072, FLAGS_IN, wire.FUSE2_PASSTHROUGH | wire.FUSE2_ALLOW_IDMAP | 1) + bytes(
+    44
+)
 
 
 @dataclass(frozen=True)
