@@ -160,11 +160,17 @@ def raise_file_limit() -> int:
 
 
 def avoid_oom() -> int:
-    """Ask to be ended late when memory runs out, unless somebody has set a score already; gives the score."""
-    with open("/proc/self/oom_score_adj", "r+") as setting:
+    """Ask to be ended late when memory runs out, unless somebody has set a score already; gives the score.
+
+    It stays as it is where that is not permitted: without CAP_SYS_RESOURCE, or as a container's root.
+    """
+    with open("/proc/self/oom_score_adj") as setting:
         score = int(setting.read())
-        if score == 0 and has_capability(CAP_SYS_RESOURCE):
-            setting.seek(0)
-            setting.write(str(OOM_SCORE))
-            score = OOM_SCORE
+    if score == 0 and has_capability(CAP_SYS_RESOURCE):
+        try:
+            with open("/proc/self/oom_score_adj", "w") as setting:
+                setting.write(str(OOM_SCORE))
+        except PermissionError:
+            return score
+        return OOM_SCORE
     return score

@@ -86,7 +86,7 @@ def open_files() -> Check:
 
 def oom() -> Check:
     """Whether a daemon can keep the kernel from choosing it when memory runs out."""
-    if linux.has_capability(linux.CAP_SYS_RESOURCE):
+    if linux.has_capability(linux.CAP_SYS_RESOURCE) and linux.in_initial_user_namespace():
         return Check("oom", "ok", f"daemons set their score to {linux.OOM_SCORE}: others are ended first")
     return Check(
         "oom",
