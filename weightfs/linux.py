@@ -162,7 +162,7 @@ def raise_file_limit() -> int:
 def avoid_oom() -> int:
     """Ask to be ended late when memory runs out, unless somebody has set a score already; gives the score.
 
-    It stays as it is where that is not permitted: without CAP_SYS_RESOURCE, or as a container's root.
+    It stays as it is where that can't be: without CAP_SYS_RESOURCE, as a container's root, with a /proc to read only.
     """
     with open("/proc/self/oom_score_adj") as setting:
         score = int(setting.read())
@@ -170,7 +170,7 @@ def avoid_oom() -> int:
         try:
             with open("/proc/self/oom_score_adj", "w") as setting:
                 setting.write(str(OOM_SCORE))
-        except PermissionError:
+        except OSError:
             return score
         return OOM_SCORE
     return score
