@@ -442,8 +442,7 @@ class Channel:
         struct.pack_into("<HH", buffer, at + wire.INIT_MAX_BACKGROUND_AT, background, background * 3 // 4)
         struct.pack_into("<I", buffer, at + wire.INIT_MAX_WRITE_AT, 4096)
         struct.pack_into("<H", buffer, at + wire.INIT_MAX_PAGES_AT, _READ_BYTES // 4096)
-        if self.resends:
-            flags2 |= wire.FUSE2_HAS_RESEND
+        flags2 |= _flags2(self._ledger.init_request) & (wire.FUSE2_HAS_RESEND | wire.FUSE2_ALLOW_IDMAP)
         if self.passthrough:
             flags2 |= wire.FUSE2_PASSTHROUGH
             struct.pack_into("<I", buffer, at + wire.INIT_STACK_DEPTH_AT, self._config.stack_depth)

@@ -45,23 +45,25 @@ def peer_of(connection: socket.socket) -> Peer:
     return Peer(*_UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
 
 
-def bind(path: str, group: str | None) -> socket.socket:
+def bind(path: str, group: str | None, *, even_if_taken: bool = False) -> socket.socket:
     """A listening socket at `path`, open to this user and, with a group, to its members; the caller owns it.
 
     Made under another name and renamed into place, so that it is never seen with another mode and a client finds the
     old one or the new one. What a daemon that died left there is replaced. With a group, a folder of our own that
-    other users can't enter (the state folder) lets that group through.
+    other users can't enter (the state folder) lets that group through. With `even_if_taken` who listens there is heard
+    by nobody new: for whoever knows that his time is over.
 
     Raises:
         UsageError: there is no such group or it may not be given, or the path holds something else.
-        BusyError: somebody listens there.
+        BusyError: somebody listens there, and it is not to be taken from him.
         WeightfsError: the folder can't be written.
     """
     gid = _group_id(group)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with _folder_of(path) as (folder, name):
-            _refuse_if_taken(folder, name, path)
+            if not even_if_taken:
+                _refuse_if_taken(folder, name, path)
             if gid is not None:
                 _let_through(folder, gid, path)
             fresh = f".{name}.{os.getpid()}"

@@ -13,35 +13,15 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-from weightfs import linux, mounts
+from weightfs import linux, mounts, surroundings
+from weightfs.checks import Check
 from weightfs.config import MountConfig
 from weightfs.errors import WeightfsError
 
-State = Literal["ok", "degraded", "missing"]
 _GOOD_READAHEAD_KIB: Final = 1024
 _PINNED_BYTES: Final = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One finding.
-
-    Attributes:
-        name: stable, for scripts.
-        state: `missing` means that what it stands for can't be used at all.
-        detail: what was found and what it means.
-        mend: a command that helps, if there is one.
-        needed: whether no mount can be served without it.
-    """
-
-    name: str
-    state: State
-    detail: str
-    mend: str | None = None
-    needed: bool = False
 
 
 def examine(path: str, start: Callable[[MountConfig], dict[str, Any]], end: Callable[[int], bool]) -> list[Check]:
@@ -52,13 +32,12 @@ def examine(path: str, start: Callable[[MountConfig], dict[str, Any]], end: Call
     checks = [_kernel(), _fuse_device(), _privileges(), _libfuse()]
     if not any(check.needed and check.state == "missing" for check in checks):
         checks.append(_mount(start, end))
-    return [*checks, _readahead(path), _criu(), _cuda(), _memory_lock()]
+    return [*checks, *surroundings.checks(), _readahead(path), _criu(), _cuda(), _memory_lock()]
 
 
 def _kernel() -> Check:
     release = os.uname().release
-    found = re.match(r"(\d+)\.(\d+)", release)
-    version = (int(found[1]), int(found[2])) if found else (0, 0)
+    version = linux.kernel_version()
     if version >= (6, 9):
         return Check("kernel", "ok", release)
     if version >= (5, 12):
@@ -77,8 +56,11 @@ def _fuse_device() -> Check:
 
 
 def _privileges() -> Check:
-    if mounts.is_privileged():
+    refusal = mounts.passthrough_refusal()
+    if refusal is None:
         return Check("privileges", "ok", "CAP_SYS_ADMIN: passthrough and mounts for everyone")
+    if mounts.is_privileged():
+        return Check("privileges", "degraded", f"portable engine: {refusal}")
     if shutil.which("fusermount3"):
         return Check(
             "privileges", "degraded", "no CAP_SYS_ADMIN: portable engine, mounts for yourself", "run it as root"

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import re
+import resource
 import struct
 import threading
 from typing import Final, NamedTuple
@@ -26,6 +28,11 @@ RESOLVE_CACHED: Final = 0x20
 
 CAP_IPC_LOCK: Final = 14
 CAP_SYS_ADMIN: Final = 21
+CAP_SYS_RESOURCE: Final = 24
+
+OOM_SCORE: Final = -900
+"""What a daemon sets for itself: everything that reads weights waits on it, so nearly anything else goes first."""
+_INITIAL_USER_NAMESPACE: Final = 0xEFFFFFFD  # PROC_USER_INIT_INO of linux/proc_ns.h
 
 _SYS_OPENAT2: Final = 437
 _STATX_FLAGS: Final = 0x1000 | 0x100 | 0x800  # AT_EMPTY_PATH, AT_SYMLINK_NOFOLLOW, AT_NO_AUTOMOUNT
@@ -132,3 +139,38 @@ def has_capability(number: int) -> bool:
     with open("/proc/self/status") as status:
         effective = next(line for line in status if line.startswith("CapEff:"))
     return bool(int(effective.split()[1], 16) >> number & 1)
+
+
+def kernel_version() -> tuple[int, int]:
+    """Major and minor; (0, 0) where the release says neither."""
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def in_initial_user_namespace() -> bool:
+    """Whether capabilities of this process count for the machine, and not for a container alone."""
+    return os.stat("/proc/self/ns/user").st_ino == _INITIAL_USER_NAMESPACE
+
+
+def raise_file_limit() -> int:
+    """Raise the soft limit on descriptors to the hard one; gives the limit that holds now."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def avoid_oom() -> int:
+    """Ask to be ended late when memory runs out, unless somebody has set a score already; gives the score.
+
+    It stays as it is where that can't be: without CAP_SYS_RESOURCE, as a container's root, with a /proc to read only.
+    """
+    with open("/proc/self/oom_score_adj") as setting:
+        score = int(setting.read())
+    if score == 0 and has_capability(CAP_SYS_RESOURCE):
+        try:
+            with open("/proc/self/oom_score_adj", "w") as setting:
+                setting.write(str(OOM_SCORE))
+        except OSError:
+            return score
+        return OOM_SCORE
+    return score

@@ -29,16 +29,44 @@ class Mounted:
     device: str
 
 
-def mounted() -> list[Mounted]:
-    """The weightfs mounts of this mount namespace."""
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """Any mount of this mount namespace: a line of /proc/self/mountinfo (proc(5)).
+
+    Attributes:
+        number, parent: its own number and that of the mount it stands on.
+        is_shared: whether what is mounted on it shows in namespaces that were made from this one.
+    """
+
+    number: int
+    parent: int
+    device: str
+    mountpoint: str
+    is_shared: bool
+    fstype: str
+    source: str
+
+
+def mount_table() -> list[TableRow]:
+    """Every mount of this mount namespace, in the order in which they were mounted."""
     found = []
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
         for line in table:
-            before, _, after = line.rstrip("\n").partition(" - ")
+            before, separator, after = line.rstrip("\n").partition(" - ")
+            if not separator:
+                continue
             fields, (fstype, source) = before.split(" "), after.split(" ")[:2]
-            if fstype == FSTYPE:
-                found.append(Mounted(_unescape(fields[4]), _unescape(source), fields[2]))
+            is_shared = any(field.startswith("shared:") for field in fields[6:])
+            number, parent = int(fields[0]), int(fields[1])
+            found.append(
+                TableRow(number, parent, fields[2], _unescape(fields[4]), is_shared, fstype, _unescape(source))
+            )
     return found
+
+
+def mounted() -> list[Mounted]:
+    """The weightfs mounts of this mount namespace."""
+    return [Mounted(row.mountpoint, row.source, row.device) for row in mount_table() if row.fstype == FSTYPE]
 
 
 def find(mountpoint: str) -> Mounted | None:
@@ -47,8 +75,17 @@ def find(mountpoint: str) -> Mounted | None:
 
 
 def is_privileged() -> bool:
-    """Whether this process may mount and use passthrough."""
+    """Whether this process may mount by itself."""
     return linux.has_capability(linux.CAP_SYS_ADMIN)
+
+
+def passthrough_refusal() -> str | None:
+    """Why the kernel would not let this process set passthrough up, whatever its version; None if it would."""
+    if not is_privileged():
+        return "passthrough needs CAP_SYS_ADMIN"
+    if not linux.in_initial_user_namespace():
+        return "passthrough needs the machine's own user namespace, not a container's"
+    return None
 
 
 def clear_stale(mountpoint: str) -> bool:

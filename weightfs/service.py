@@ -87,7 +87,7 @@ class Service:
             errno_of,
             ledger,
             ChannelConfig(
-                passthrough=config.engine != "portable" and mounts.is_privileged(),
+                passthrough=config.engine != "portable" and mounts.passthrough_refusal() is None,
                 stack_depth=2 if self._source.filesystem_type in _STACKED else 1,
                 deadline_s=config.deadline_s,
             ),
@@ -244,8 +244,8 @@ class Service:
             return "passthrough", "the kernel reads the files itself"
         if self.config.engine == "portable":
             return "portable", "asked for"
-        if not mounts.is_privileged():
-            return "portable", "passthrough needs CAP_SYS_ADMIN"
+        if (refusal := mounts.passthrough_refusal()) is not None:
+            return "portable", refusal
         return "portable", f"kernel {os.uname().release} has no FUSE passthrough (6.9 has)"
 
     def mount_document(self) -> dict[str, Any]:

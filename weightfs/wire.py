@@ -66,6 +66,7 @@ FUSE_MAX_PAGES: Final = 1 << 22
 FUSE_INIT_EXT: Final = 1 << 30
 FUSE2_PASSTHROUGH: Final = 1 << 5  # bit 37
 FUSE2_HAS_RESEND: Final = 1 << 7  # bit 39
+FUSE2_ALLOW_IDMAP: Final = 1 << 8  # bit 40, Linux 6.12: whoever may can map the mount's owners for a container
 
 NOTIFY_RESEND: Final = OUT_HEADER.pack(OUT_HEADER_BYTES, 7, 0)
 """Everything the kernel has had no answer to comes again (Linux 6.9)."""

@@ -20,6 +20,9 @@ from typing import Any, TypeVar
 
 import pytest
 
+from weightfs.config import MountConfig
+from weightfs.control import ask
+
 T = TypeVar("T")
 
 WEIGHTFS = os.path.join(os.path.dirname(sys.executable), "weightfs")
@@ -208,6 +211,11 @@ class Mount:
         assert done.returncode == 0, done.stderr
         (document,) = json.loads(done.stdout)["mounts"]
         return dict(document)
+
+    def control(self, command: str) -> dict[str, Any]:
+        """Ask the daemon over its control socket."""
+        settings = MountConfig(source=self.source, mountpoint=self.mountpoint, state_dir=self.state_dir)
+        return ask(settings.control_socket, {"command": command}, 10)
 
     def daemon_pid(self) -> int:
         """The process that serves now."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import struct
 import subprocess
+from collections.abc import Iterator
 from types import TracebackType
 
 from tests.helpers.users import User
@@ -59,3 +63,62 @@ class Namespace:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._holder.communicate()
+
+
+class _UserNamespace:
+    """A user namespace whose ids 0 to 999 are `first` and those behind it on this machine."""
+
+    def __init__(self, first: int) -> None:
+        self._holder = subprocess.Popen(
+            ["unshare", "--user", "--", "sh", "-c", "echo ready; exec cat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self._holder.stdout is not None
+        if self._holder.stdout.readline() != b"ready\n":
+            raise OSError("no user namespace")
+        for kind in ("uid", "gid"):
+            with open(f"/proc/{self._holder.pid}/{kind}_map", "w") as table:
+                table.write(f"0 {first} 1000")
+        self.fd = os.open(f"/proc/{self._holder.pid}/ns/user", os.O_RDONLY)
+
+    def close(self) -> None:
+        os.close(self.fd)
+        self._holder.communicate()
+
+
+_OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
+_CLONE, _EMPTY_PATH, _FROM_EMPTY_PATH = 1 | os.O_CLOEXEC, 0x1000, 4
+_ATTR_IDMAP = 0x00100000
+
+
+@contextlib.contextmanager
+def idmapped(what: str, where: str, first: int) -> Iterator[None]:
+    """Show the mount at `what` at `where` as well, with owners 0 to 999 as `first` and those behind it.
+
+    Raises:
+        OSError: the kernel won't, EINVAL if the filesystem does not let it.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(number: int, *arguments: object) -> int:
+        done: int = libc.syscall(number, *arguments)
+        if done < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), what)
+        return done
+
+    space = _UserNamespace(first)
+    try:
+        tree = call(_OPEN_TREE, -100, os.fsencode(what), _CLONE)
+        try:
+            attributes = struct.pack("QQQQ", _ATTR_IDMAP, 0, 0, space.fd)
+            call(_MOUNT_SETATTR, tree, b"", _EMPTY_PATH, attributes, len(attributes))
+            call(_MOVE_MOUNT, tree, b"", -100, os.fsencode(where), _FROM_EMPTY_PATH)
+        finally:
+            os.close(tree)
+    finally:
+        space.close()
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", where], check=True)

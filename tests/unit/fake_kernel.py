@@ -20,7 +20,8 @@ from weightfs.handles import HandleTable, Place
 from weightfs.ledger import Ledger
 
 FLAGS_IN = wire.FUSE_INIT_EXT | 0x1
-INIT_IN = struct.pack("<IIIII", 7, 45, 131072, FLAGS_IN, wire.FUSE2_PASSTHROUGH | wire.FUSE2_HAS_RESEND | 1) + bytes(44)
+OFFERED = wire.FUSE2_PASSTHROUGH | wire.FUSE2_HAS_RESEND | wire.FUSE2_ALLOW_IDMAP | 1
+INIT_IN = struct.pack("<IIIII", 7, 45, 131072, FLAGS_IN, OFFERED) + bytes(44)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from weightfs.wire import Opcode
 INIT_OUT = struct.Struct("<IIIIHHIIHHIIH22x")
 
 
-def init_reply(flags: int = 0x8, flags2: int = 0x100, background: int = 12) -> bytes:
+def init_reply(flags: int = 0x8, flags2: int = 0x1000, background: int = 12) -> bytes:
     return INIT_OUT.pack(7, 31, 131072, flags, background, 9, 131072, 1, 32, 0, flags2, 0, 0)
 
 
@@ -89,8 +89,9 @@ def test_init_is_negotiated(passthrough: bool, offered: bool) -> None:
             )
             assert (major, minor, readahead, gran, align) == (7, 31, 131072, 1, 0), "left as they were"
             assert flags == 0x8 | wire.FUSE_INIT_EXT | wire.FUSE_MAX_PAGES
-            negotiated = wire.FUSE2_HAS_RESEND | (wire.FUSE2_PASSTHROUGH if passthrough else 0)
-            assert flags2 == 0x100 | (negotiated if offered else 0)
+            negotiated = wire.FUSE2_HAS_RESEND | wire.FUSE2_ALLOW_IDMAP
+            negotiated |= wire.FUSE2_PASSTHROUGH if passthrough else 0
+            assert flags2 == 0x1000 | (negotiated if offered else 0)
             assert depth == (passthrough and offered)
             assert (background, congestion) == (64, 48)
             assert write == 4096

@@ -119,7 +119,7 @@ def doctor(
             emit({"ok": can_serve, "checks": rows})
         else:
             for check in checks:
-                mend = f"\n{'':23}mend: {check.mend}" if check.mend else ""
-                say(f"{check.state:9} {check.name:12} {check.detail}{mend}")
+                mend = f"\n{'':26}mend: {check.mend}" if check.mend else ""
+                say(f"{check.state:9} {check.name:15} {check.detail}{mend}")
     if not can_serve:
         sys.exit(UnfitError.exit_code)

@@ -12,11 +12,11 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import sys
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
+from weightfs import linux
 from weightfs.cli.output import announce, fail
 from weightfs.config import MountConfig
 from weightfs.control import error_document, error_from
@@ -24,8 +24,6 @@ from weightfs.errors import UsageError, WeightfsError
 from weightfs.logs import log_to
 from weightfs.supervision.replacement import read_handoff
 from weightfs.supervision.supervisor import Supervisor
-
-_OOM_SCORE: Final = "-900"
 
 
 def main() -> None:
@@ -55,11 +53,10 @@ def main() -> None:
 
 
 def _prepare() -> None:
+    """What daemons inherit."""
     os.umask(0o077)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one for each open file
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-        score.write(_OOM_SCORE)  # all who read weights wait for this process
+    linux.raise_file_limit()  # a descriptor for each open file
+    linux.avoid_oom()  # all who read weights wait for these processes
 
 
 def _print(document: Mapping[str, Any], as_json: bool) -> None:

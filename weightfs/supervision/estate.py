@@ -39,6 +39,7 @@ class Estate:
         is_ours: whether the mountpoint is still to be taken away by us.
         listener: the socket that replacement is asked on.
         control: the socket that daemons answer on.
+        places: paths of the sockets, with the inodes they had.
     """
 
     kernel_fd: int
@@ -49,6 +50,7 @@ class Estate:
     is_ours: bool = True
     listener: socket.socket | None = None
     control: socket.socket | None = None
+    places: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def mount(cls, settings: MountConfig) -> Estate:
@@ -95,6 +97,7 @@ class Estate:
             is_kept=document["is_kept"],
             listener=_socket_of(document["listener_fd"]),
             control=_socket_of(document["control_fd"]),
+            places=document["places"],
         )
         self.set_inheritable(False)
         return self
@@ -109,6 +112,7 @@ class Estate:
             "is_kept": self.is_kept,
             "listener_fd": self.listener.fileno() if self.listener is not None else None,
             "control_fd": self.control.fileno() if self.control is not None else None,
+            "places": self.places,
         }
 
     def set_inheritable(self, inheritable: bool) -> None:
@@ -122,13 +126,19 @@ class Estate:
         try:
             os.makedirs(settings.state_folder, mode=0o700, exist_ok=True)
             if self.listener is None:
-                self.listener = control.bind(settings.supervisor_socket, None)
+                self.listener = self._bind(settings.supervisor_socket, None)
             if self.control is None:
-                self.control = control.bind(settings.control_socket, settings.control_group)
+                self.control = self._bind(settings.control_socket, settings.control_group)
         except (OSError, WeightfsError) as e:
             log.warning("no --replace, no control socket: %s", e)
         if self.listener is not None:
             self.listener.setblocking(False)
+
+    def _bind(self, path: str, group: str | None) -> socket.socket:
+        # Who listens there had this mountpoint before, and lives on only for files that are still open.
+        listener = control.bind(path, group, even_if_taken=True)
+        self.places[path] = os.stat(path).st_ino
+        return listener
 
     def hold(self, inode: int, fd: int) -> None:
         """Keep a descriptor, which is ours from now on."""
@@ -165,9 +175,9 @@ class Estate:
 
     def wind_up(self, settings: MountConfig) -> None:
         """Take away what is left of it once nobody serves."""
-        for listener, path in ((self.listener, settings.supervisor_socket), (self.control, settings.control_socket)):
-            if listener is not None:
-                with contextlib.suppress(OSError):
+        for path, inode in self.places.items():
+            with contextlib.suppress(OSError):
+                if os.stat(path).st_ino == inode:  # else another mount has its own there by now
                     os.unlink(path)
         if self.is_kept and not mounts.find(settings.mountpoint):
             for name in (_KERNEL_NAME, _LEDGER_NAME):
