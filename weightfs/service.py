@@ -28,6 +28,7 @@ from weightfs.filesystem import Filesystem, FilesystemConfig
 from weightfs.fuse import FuseOperations, errno_of
 from weightfs.handles import HandleTable
 from weightfs.index.store import IndexStore
+from weightfs.indexing import Indexer
 from weightfs.source.local import LocalSource
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class Service:
             self._source, self._index, self._handles, texts, FilesystemConfig(deadline_s=config.deadline_s)
         )
         self._channel: Channel | None = None
+        self._indexer = Indexer(self._source, self._index, self._handles, self._filesystem, self._served)
         self._is_mounted = False
 
     async def run(self, mounted: Callable[[dict[str, Any]], None]) -> None:
@@ -98,6 +100,7 @@ class Service:
                 nursery.start_soon(self._end_on_signal, nursery.cancel_scope)
                 nursery.start_soon(pyfuse3.main)
                 nursery.start_soon(self._announce, channel, mounted)
+                nursery.start_soon(self._index_behind, channel)
                 await channel.run()  # returns when the kernel says that the mount is gone
                 self._is_mounted = False
                 nursery.cancel_scope.cancel()
@@ -119,6 +122,13 @@ class Service:
             metrics.serve(listen_address(self.config.metrics_listen), self.status)
         notify("READY=1")
         mounted(self.mount_document())
+
+    async def _index_behind(self, channel: Channel) -> None:
+        await channel.ready.wait()
+        await self._indexer.run()
+
+    def _served(self) -> int:
+        return self._channel.requests.total() if self._channel is not None else 0
 
     async def _end_on_signal(self, scope: trio.CancelScope) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
@@ -196,6 +206,7 @@ class Service:
                 {"path": fault.path, "code": fault.reason, "offset": fault.offset, "message": fault.message}
                 for fault in library.current_faults()
             ],
+            "indexing": self._indexer.status(),
             "index": {"epoch": self._index.epoch, "set_aside": self._index.set_aside},
             "resident_bytes": None,
             "prefetch": None,

@@ -15,6 +15,7 @@ from tests.helpers.models import (
     write_safetensors,
 )
 from tests.unit.support import Later
+from weightfs import headers
 from weightfs import library as module
 from weightfs.errors import StaleError
 from weightfs.formats import encode_name
@@ -173,14 +174,14 @@ def test_a_file_that_changes_while_it_is_parsed_is_stale(
     os.utime(f"{root}/m.safetensors", ns=(1, 1))
     with pytest.raises(StaleError):
         library.parsed(b"m.safetensors", entry, "m.safetensors")
-    parse_header = vars(module)["parse_header"]
+    parse_header = vars(headers)["parse_header"]
 
     def overtaken(*arguments: object) -> object:
         layout = parse_header(*arguments)
         os.utime(f"{root}/m.safetensors", ns=(2, 2))
         return layout
 
-    monkeypatch.setattr(module, "parse_header", overtaken)
+    monkeypatch.setattr(headers, "parse_header", overtaken)
     with pytest.raises(StaleError):
         parse(library, b"m.safetensors")
     assert library.models == 0

@@ -30,7 +30,7 @@ import lmdb
 import msgspec
 
 from weightfs.errors import IndexStoreError
-from weightfs.index.schema import IDENTITY_BYTES, SCHEMA, EntryRecord, FileRecord, inode_number, new_epoch
+from weightfs.index.schema import IDENTITY_BYTES, SCHEMA, SERIALS, EntryRecord, FileRecord, inode_number, new_epoch
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ _DAMAGED: Final = (
 the file."""
 _GROUP: Final = 1000  # records a commit: what a look-up may have to wait for, about 2 ms
 _LOCK_FILE_BYTES: Final = 64 << 10
+Transaction = lmdb.Transaction  # for the annotations of those who may not import lmdb
 _T = TypeVar("_T")
 _Record = TypeVar("_Record", EntryRecord, FileRecord)
 
@@ -195,8 +196,6 @@ class IndexStore:
                 else:
                     meta = msgspec.msgpack.decode(_unseal(b"meta", b"meta", bytes(raw)), type=_Meta)
                 self._judge(meta)
-                self.epoch = meta.epoch
-                self._note_epoch()
                 self._reserve(txn, 0)
             env.sync(True)
         except BaseException:
@@ -285,9 +284,20 @@ class IndexStore:
     def _reserve(self, txn: lmdb.Transaction, count: int) -> None:
         room = self._rooms[b"meta"]
         raw = txn.get(b"next", db=room)
+        meta_raw = txn.get(b"meta", db=room)
+        assert meta_raw is not None, "written when the index was made"
         # 0 is no inode and 1 the root, whose number every FUSE mount fixes.
         start = int.from_bytes(_unseal(b"meta", b"next", bytes(raw)), "big") if raw is not None else 2
         size = max(_BLOCK, count)
+        # Read each time: another daemon that shares the index may have begun an epoch.
+        meta = msgspec.msgpack.decode(_unseal(b"meta", b"meta", bytes(meta_raw)), type=_Meta)
+        if start + size > SERIALS:
+            # Records hold whole numbers, so those of past epochs stay what they are.
+            meta = msgspec.structs.replace(meta, epoch=new_epoch(max(meta.epoch, self._last_epoch())))
+            txn.put(b"meta", _seal(b"meta", b"meta", msgspec.msgpack.encode(meta)), db=room)
+            start = 2
+        self.epoch = meta.epoch
+        self._note_epoch()
         txn.put(b"next", _seal(b"meta", b"next", (start + size).to_bytes(8, "big")), db=room)
         self._next, self._reserved = start, start + size
 
