@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol
 import msgspec
 import trio
 
-from weightfs import crawl
+from weightfs.crawl import Dead, Done, Found, FromCrawl, Listed, Next, NextPage, Page, Read, Start, Wanted, Wire
 from weightfs.errors import IndexStoreError
 from weightfs.handles import HandleTable
 from weightfs.index.store import IndexStore
@@ -163,7 +163,9 @@ class Indexer:
                 start_new_session=True,
             )
         try:
-            failure = self._converse(process, on_loop)
+            assert process.stdin is not None
+            assert process.stdout is not None
+            failure = self._converse(Wire(process.stdout, process.stdin, FromCrawl), on_loop)
         except (EOFError, OSError):
             failure = f"the crawl ended with status {process.wait()}"
         except IndexStoreError as e:
@@ -186,31 +188,29 @@ class Indexer:
         else:
             log.info("indexed: %s", self._progress)
 
-    def _converse(self, process: subprocess.Popen[bytes], on_loop: Callable[..., Any]) -> str | None:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        wire = crawl.Wire(process.stdout, process.stdin, crawl.FromCrawl)
-        wire.send(crawl.Start(prune=True))
+    def _converse(self, wire: Wire, on_loop: Callable[..., Any]) -> str | None:
+        """Answer a crawl until it is done; gives why it gave up, or None."""
+        wire.send(Start(prune=True))
         progress = self._progress
         while True:
             message = wire.receive()
             self._give_way()
-            if isinstance(message, crawl.Listed):
+            if isinstance(message, Listed):
                 progress.folders += message.folders
                 progress.files += message.files
-                wire.send(crawl.Wanted(self._upkeep.unknown(message.slots)))
-            elif isinstance(message, crawl.Found):
+                wire.send(Wanted(self._upkeep.unknown(message.slots)))
+            elif isinstance(message, Found):
                 self._upkeep.add_files(message.files)
                 progress.headers += len(message.files)
-            elif isinstance(message, crawl.NextPage):
-                wire.send(crawl.Page(*self._upkeep.page(message.after)))
-            elif isinstance(message, crawl.Dead):
+            elif isinstance(message, NextPage):
+                wire.send(Page(*self._upkeep.page(message.after)))
+            elif isinstance(message, Dead):
                 progress.dropped += on_loop(self._drop, message.rows)
-                wire.send(crawl.Next())
-            elif isinstance(message, crawl.Read):
+                wire.send(Next())
+            elif isinstance(message, Read):
                 progress.failed, progress.young = message.failed, message.young
             else:
-                assert isinstance(message, crawl.Done)
+                assert isinstance(message, Done)
                 on_loop(self._names.shed)
                 return message.failure
 

@@ -1,0 +1,123 @@
+"""Indexing that is killed, by itself or with its daemon."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.libraries import make_library
+from tests.helpers.mounting import Mounter, wait_until, wait_until_settled
+from weightfs.handles import HandleTable
+from weightfs.index.store import IndexStore
+from weightfs.indexing import Indexer
+from weightfs.source.local import LocalSource
+from weightfs.tree import Tree
+
+FILES, TENSORS = 600, 60_000
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = str(tmp_path_factory.mktemp("library"))
+    folders = make_library(root, folders=60, files=FILES, tensors=TENSORS)
+    wait_until_settled(*folders, *(entry.path for entry in os.scandir(folders[-1])))
+    return root
+
+
+def test_a_crawl_that_is_killed_goes_on_at_the_next(library: str, tmp_path: Path) -> None:
+    source = LocalSource(library)
+    state = str(tmp_path / "state")
+    index = IndexStore(state, library)
+    indexer = Indexer(source, index, HandleTable(), Tree(index, source.lstat(b"").inode_key))
+    before = set(os.listdir("/proc/self/fd"))
+    crawling = threading.Thread(target=indexer.crawl)
+    crawling.start()
+    wait_until(lambda: indexer.status()["headers"] > 50, "the first headers", timeout_s=20)
+    assert indexer._process is not None
+    indexer._process.send_signal(signal.SIGKILL)
+    crawling.join(10)
+    first = indexer.status()
+    assert first["done"]
+    assert "status -9" in first["failure"]
+    assert first["crawls"] == 0
+    assert 50 < first["headers"] < FILES
+    indexer.crawl()
+    second = indexer.status()
+    assert (second["files"], second["failure"], second["crawls"]) == (FILES, None, 1)
+    assert second["headers"] == FILES - first["headers"], "what was recorded stays recorded"
+    assert set(os.listdir("/proc/self/fd")) == before
+    index.close()
+    source.close()
+
+
+def test_stopping_ends_the_process_and_lets_none_begin(library: str, tmp_path: Path) -> None:
+    source = LocalSource(library)
+    index = IndexStore(str(tmp_path / "state"), library)
+    indexer = Indexer(source, index, HandleTable(), Tree(index, source.lstat(b"").inode_key))
+    crawling = threading.Thread(target=indexer.crawl)
+    crawling.start()
+    wait_until(lambda: indexer.status()["headers"], "the first headers", timeout_s=20)
+    indexer.stop()
+    crawling.join(5)
+    assert not crawling.is_alive()
+    done = indexer.status()
+    indexer.crawl()
+    assert indexer.status()["headers"] <= done["headers"]
+    index.close()
+    source.close()
+
+
+def test_another_folder_in_the_sources_place_is_not_crawled(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make_library(str(tmp_path / name), folders=1, files=1, tensors=1)
+    source = LocalSource(str(tmp_path / "a"))
+    index = IndexStore(str(tmp_path / "state"), "a")
+    indexer = Indexer(source, index, HandleTable(), Tree(index, source.lstat(b"").inode_key))
+    os.rename(tmp_path / "a", tmp_path / "c")
+    os.rename(tmp_path / "b", tmp_path / "a")
+    indexer.crawl()
+    done = indexer.status()
+    assert "taken the source's place" in done["failure"]
+    assert done["headers"] == 0
+    index.close()
+    source.close()
+
+
+def children_of(pid: int) -> list[int]:
+    found: list[int] = []
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{thread}/children") as children:
+            found += [int(child) for child in children.read().split()]
+    return found
+
+
+def test_a_daemon_killed_while_it_indexes(library: str, mounter: Mounter, tmp_path: Path) -> None:
+    state = str(tmp_path / "state")
+
+    def progress() -> dict[str, Any]:
+        return dict(mount.live()["indexing"])
+
+    mount = mounter(library, state_dir=state)
+    wait_until(lambda: progress()["headers"] > 20, "the first headers", timeout_s=20)
+    crawls = [os.pidfd_open(pid) for pid in children_of(mount.daemon.pid)]
+    assert crawls, "indexing is a process"
+    mount.daemon.signal(signal.SIGKILL)
+    assert mount.daemon.has_ended(5)
+    for crawl in crawls:
+        wait_until(lambda crawl=crawl: _has_ended(crawl), "the crawl ends with its daemon")  # type: ignore[misc]
+        os.close(crawl)
+    mount = mounter(library, state_dir=state)
+    done = wait_until(lambda: (now := progress())["done"] and now, "indexing", timeout_s=60)
+    assert (done["failure"], done["files"]) == (None, FILES)
+    assert 0 < done["headers"] < FILES, "what was recorded stays recorded"
+    assert mount.live()["index"]["set_aside"] is None
+
+
+def _has_ended(pidfd: int) -> bool:
+    return bool(select.select([pidfd], [], [], 0)[0])
