@@ -329,18 +329,14 @@ def _step_back() -> None:
 
 
 def main() -> None:
-    """Crawl the source named on the command line, whose root must have the key that is named there in hex."""
+    """Crawl the folder that was inherited as the descriptor named first on the command line; its path is second."""
     _step_back()
     wire = Wire(sys.stdin.buffer, sys.stdout.buffer, ToCrawl)
     start = wire.receive()
     assert isinstance(start, Start)
     failure = None
     try:
-        source = LocalSource(os.fsdecode(sys.argv[1]))
-        if source.lstat(b"").inode_key.hex() != sys.argv[2]:
-            failure = "another folder has taken the source's place"
-        else:
-            Crawl(source, wire).run(prune=start.prune)
+        Crawl(LocalSource(sys.argv[2], descriptor=int(sys.argv[1])), wire).run(prune=start.prune)
     except (OSError, WeightfsError) as e:
         failure = str(e)
     wire.send(Done(failure))

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -24,7 +24,7 @@ from weightfs.errors import IndexStoreError
 from weightfs.handles import HandleTable
 from weightfs.index.store import IndexStore
 from weightfs.index.upkeep import Upkeep
-from weightfs.source.base import Source
+from weightfs.source.local import LocalSource
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ AGAIN_S: Final = 24 * 3600.0
 """From the end of a crawl to the next. Only dropping waits for it: files are found when they are asked for."""
 _RETRY_S: Final = 60.0
 _TRIES: Final = 3
+_END_S: Final = 1.0
 _GIVE_WAY_S: Final = 0.005
 """How long to leave the interpreter and the index alone after a message, when requests came in meanwhile."""
 
@@ -76,7 +77,7 @@ class Indexer:
     """Keeps an index complete and small.
 
     Args:
-        source: a folder of this machine; the crawl opens it anew, by name.
+        source: a folder of this machine, which the crawl inherits.
         index: what is found is recorded there.
         handles: inodes in it stay in the index.
         names: told what was dropped.
@@ -85,15 +86,14 @@ class Indexer:
 
     def __init__(
         self,
-        source: Source,
+        source: LocalSource,
         index: IndexStore,
         handles: HandleTable,
         names: Names,
         activity: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._root = source.name
-        self._root_key = source.lstat(b"").inode_key
-        self._upkeep = Upkeep(index, self._root_key)
+        self._source = source
+        self._upkeep = Upkeep(index, source.lstat(b"").inode_key)
         self._handles = handles
         self._names = names
         self._activity = activity
@@ -104,6 +104,8 @@ class Indexer:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._ended = False
+        self._idle = threading.Event()
+        self._idle.set()
 
     def status(self) -> dict[str, Any]:
         """Progress of the crawl that runs, or of the last one. Callable from any thread."""
@@ -117,23 +119,21 @@ class Indexer:
         self._wanted.set()
 
     async def run(self) -> None:
-        """Crawl now and then until cancelled; the process has ended by the time this has."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep_on)
-            try:
-                await trio.sleep_forever()
-            finally:
-                self.stop()
-
-    async def _keep_on(self) -> None:
+        """Crawl now and then until cancelled; by the time this has ended, nothing of it uses the index any more."""
         tries = 0
-        while not self._ended:
-            self._wanted = trio.Event()
-            # Not abandoned when cancelled: `run` stops the process, and the thread must not outlive the index.
-            await trio.to_thread.run_sync(self.crawl, trio.from_thread.run_sync)
-            tries = 0 if self._progress.failure is None else tries + 1
-            with trio.move_on_after(_RETRY_S if 0 < tries < _TRIES else AGAIN_S):
-                await self._wanted.wait()
+        try:
+            while True:
+                self._wanted = trio.Event()
+                await trio.to_thread.run_sync(self.crawl, trio.from_thread.run_sync, abandon_on_cancel=True)
+                tries = 0 if self._progress.failure is None else tries + 1
+                with trio.move_on_after(_RETRY_S if 0 < tries < _TRIES else AGAIN_S):
+                    await self._wanted.wait()
+        finally:
+            self.stop()
+            # The thread ends with its process, but for one that waits for a disk that does not answer, and which will
+            # not use the index either: it finds that it was stopped.
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._idle.wait, _END_S)
 
     def stop(self) -> None:
         """End the crawl that runs, and let none begin. Thread-safe."""
@@ -143,50 +143,64 @@ class Indexer:
                 self._process.kill()
 
     def crawl(self, on_loop: Callable[..., Any] = lambda function, *arguments: function(*arguments)) -> None:
-        """Go over the source once; how it went is in `status`.
+        """Go over the source once; how it went is in `status`. Whatever goes wrong, serving goes on.
 
         Blocks, in a thread; `on_loop(function, ...)` calls on the thread where the filesystem runs.
         """
-        self._progress = Progress(crawls=self._progress.crawls)
-        self._started = time.monotonic()
-        failure: str | None = "ended early"
-        command = [sys.executable, "-m", "weightfs.crawl", self._root, self._root_key.hex()]
         with self._lock:
             if self._ended:
                 return
-            self._process = process = subprocess.Popen(
-                command,
+            self._progress = progress = Progress(crawls=self._progress.crawls)
+            self._started = time.monotonic()
+        try:
+            with self._crawling() as wire:
+                progress.failure = self._converse(wire, on_loop)
+        except EOFError:
+            progress.failure = "the crawl ended before it was done"
+        except (OSError, IndexStoreError) as e:
+            progress.failure = str(e)
+        except Exception as e:
+            log.debug("indexing", exc_info=True)
+            progress.failure = repr(e)
+        progress.seconds = round(time.monotonic() - self._started, 3)
+        progress.crawls += progress.failure is None
+        progress.done = True
+        if progress.failure is not None and not self._ended:
+            log.warning("indexing stopped: %s", progress.failure)
+        else:
+            log.info("indexed: %s", progress)
+
+    @contextlib.contextmanager
+    def _crawling(self) -> Iterator[Wire]:
+        """A crawl's process, and the pipes to it; ended with the block."""
+        root = self._source.descriptor
+        with self._lock:
+            if self._ended:
+                raise EOFError
+            process = subprocess.Popen(
+                [sys.executable, "-m", "weightfs.crawl", str(root), self._source.name],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                pass_fds=[root],
                 cwd="/",
                 start_new_session=True,
             )
+            self._process = process
+            self._idle.clear()
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            failure = self._converse(Wire(process.stdout, process.stdin, FromCrawl), on_loop)
-        except (EOFError, OSError):
-            failure = f"the crawl ended with status {process.wait()}"
-        except IndexStoreError as e:
-            failure = str(e)
+            yield Wire(process.stdout, process.stdin, FromCrawl)
         finally:
-            with self._lock:
-                self._process = None
             process.kill()
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 with contextlib.suppress(OSError):
-                    assert pipe is not None
                     pipe.close()
-            self._progress.seconds = round(time.monotonic() - self._started, 3)
-            self._progress.failure = failure
-            self._progress.crawls += failure is None
-            self._progress.done = True
-        if failure is not None and not self._ended:
-            log.warning("indexing stopped: %s", failure)
-        else:
-            log.info("indexed: %s", self._progress)
+            with self._lock:
+                self._process = None
+            self._idle.set()
 
     def _converse(self, wire: Wire, on_loop: Callable[..., Any]) -> str | None:
         """Answer a crawl until it is done; gives why it gave up, or None."""
@@ -195,6 +209,8 @@ class Indexer:
         while True:
             message = wire.receive()
             self._give_way()
+            if self._ended:
+                raise EOFError
             if isinstance(message, Listed):
                 progress.folders += message.folders
                 progress.files += message.files

@@ -44,7 +44,7 @@ def test_a_crawl_that_is_killed_goes_on_at_the_next(library: str, tmp_path: Path
     crawling.join(10)
     first = indexer.status()
     assert first["done"]
-    assert "status -9" in first["failure"]
+    assert first["failure"] == "the crawl ended before it was done"
     assert first["crawls"] == 0
     assert 50 < first["headers"] < FILES
     indexer.crawl()
@@ -73,18 +73,32 @@ def test_stopping_ends_the_process_and_lets_none_begin(library: str, tmp_path: P
     source.close()
 
 
-def test_another_folder_in_the_sources_place_is_not_crawled(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        make_library(str(tmp_path / name), folders=1, files=1, tensors=1)
+def test_the_folder_that_was_opened_is_crawled_whatever_its_path_means_now(tmp_path: Path) -> None:
+    for name, files in (("a", 3), ("b", 1)):
+        made = make_library(str(tmp_path / name), folders=1, files=files, tensors=files)
+        wait_until_settled(*(entry.path for entry in os.scandir(made[0])))
     source = LocalSource(str(tmp_path / "a"))
     index = IndexStore(str(tmp_path / "state"), "a")
     indexer = Indexer(source, index, HandleTable(), Tree(index, source.lstat(b"").inode_key))
     os.rename(tmp_path / "a", tmp_path / "c")
     os.rename(tmp_path / "b", tmp_path / "a")
     indexer.crawl()
-    done = indexer.status()
-    assert "taken the source's place" in done["failure"]
-    assert done["headers"] == 0
+    assert (indexer.status()["failure"], indexer.status()["headers"]) == (None, 3)
+    index.close()
+    source.close()
+
+
+def test_a_crawl_that_can_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    source = LocalSource(str(tmp_path / "a"))
+    index = IndexStore(str(tmp_path / "state"), "a")
+    indexer = Indexer(source, index, HandleTable(), Tree(index, source.lstat(b"").inode_key))
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.executable", "/nonexistent/python")
+        indexer.crawl()
+    assert "/nonexistent/python" in indexer.status()["failure"]
+    indexer.crawl()
+    assert indexer.status()["failure"] is None
     index.close()
     source.close()
 

@@ -13,7 +13,7 @@ from weightfs import crawl
 from weightfs.handles import HandleTable
 from weightfs.index.store import IndexStore
 from weightfs.indexing import Indexer
-from weightfs.source.base import Source
+from weightfs.source.local import LocalSource
 from weightfs.tree import Tree
 
 _TOOL = Path(__file__).parents[2] / "tools" / "make_library.py"
@@ -34,7 +34,7 @@ class Host:
         handles: of inodes that are to count as open.
     """
 
-    def __init__(self, source: Source, index: IndexStore) -> None:
+    def __init__(self, source: LocalSource, index: IndexStore) -> None:
         self.source = source
         self.index = index
         self.handles = HandleTable()
