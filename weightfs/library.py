@@ -134,7 +134,11 @@ class Library:
         if record is None:
             record = self._parse(path, name, entry, known.record if known else None)
             if settled:
-                self._index.put_file(slot, record)
+                record = self._index.put_file_once(slot, record)
+        elif known is not None and not known.settled and known.record.tensors == record.tensors:
+            # The crawl has recorded it since it was young; the numbers given out then are the ones that stay.
+            record = known.record
+            self._index.put_file(slot, record)
         if settled and record.base and self._index.owner_of_view(record.base) != (identity, path, name):
             self._index.put_owner(record.base, identity, path, name)
         found = ParsedFile(identity, path, name, record, settled)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from tests.helpers.libraries import make_library
 from tests.helpers.mounting import Mounter, wait_until, wait_until_settled
@@ -71,6 +72,37 @@ def test_stopping_ends_the_process_and_lets_none_begin(library: str, tmp_path: P
     assert indexer.status()["headers"] <= done["headers"]
     index.close()
     source.close()
+
+
+def test_run_crawls_again_when_asked_and_ends_with_its_process(library: str, tmp_path: Path) -> None:
+    source = LocalSource(library)
+    index = IndexStore(str(tmp_path / "state"), library)
+    indexer = Indexer(source, index, HandleTable(), Tree(index, source.lstat(b"").inode_key))
+
+    async def crawls(number: int) -> None:
+        with trio.fail_after(60):
+            while indexer.status()["crawls"] < number:  # noqa: ASYNC110 - what a user of `status` does
+                await trio.sleep(0.01)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(indexer.run)
+            await crawls(1)
+            assert indexer.status()["headers"] == FILES
+            indexer.again()
+            await crawls(2)
+            assert indexer.status()["headers"] == 0
+            indexer.again()
+            with trio.fail_after(10):
+                while indexer._process is None:  # noqa: ASYNC110 - there is no event for it
+                    await trio.sleep(0.001)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert indexer._process is None
+    index.close()
+    source.close()
+    assert not children_of(os.getpid())
 
 
 def test_the_folder_that_was_opened_is_crawled_whatever_its_path_means_now(tmp_path: Path) -> None:

@@ -337,6 +337,14 @@ class IndexStore:
         """Remember a parsed header."""
         self._put(b"files", content, msgspec.msgpack.encode(record))
 
+    def put_file_once(self, content: bytes, record: FileRecord) -> FileRecord:
+        """`put_file`, unless somebody was faster; gives the record that counts."""
+        with self._lock:
+            if (known := self.file(content)) is not None:
+                return known
+            self.put_file(content, record)
+            return record
+
     def put_owner(self, base: int, identity: bytes, path: bytes, name: str) -> None:
         """Remember which content a run of views belongs to, and where and as what that was last seen."""
         with self._lock:
