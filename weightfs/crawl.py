@@ -39,6 +39,7 @@ from weightfs.source.local import LocalSource
 _READERS: Final = 4
 _MOST_HEADER_BYTES: Final = 16 << 20
 """Larger headers are left to whoever asks for them: four at a time would take gigabytes."""
+_ASKED: Final = 256  # files asked about in one transaction of the daemon
 _BATCH_BYTES: Final = 256 << 10
 _BATCH_FILES: Final = 16
 _YOUNG_ROUNDS: Final = 5
@@ -247,11 +248,14 @@ class Crawl:
         now_ns = time.time_ns()
         old = [one for one in weights if is_settled(one.entry, now_ns)]
         self._young += [one for one in weights if not is_settled(one.entry, now_ns)]
-        slots = [slot_of(one.entry.identity, one.name) for one in old]
-        listed = Listed(1, len(weights), slots) if anew else Listed(0, 0, slots)
-        for at in self._wire.ask(listed, Wanted).which:
-            self._reading.append(self._pool.submit(self._read, old[at]))
-            self._collect(2 * _READERS)
+        counts = (1, len(weights)) if anew else (0, 0)
+        for start in range(0, max(len(old), 1), _ASKED):
+            some = old[start : start + _ASKED]
+            listed = Listed(*counts, [slot_of(one.entry.identity, one.name) for one in some])
+            counts = 0, 0
+            for at in self._wire.ask(listed, Wanted).which:
+                self._reading.append(self._pool.submit(self._read, some[at]))
+                self._collect(2 * _READERS)
 
     def _read(self, one: _Weights) -> FoundFile | None:
         try:

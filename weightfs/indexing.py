@@ -238,6 +238,6 @@ class Indexer:
 
     def _drop(self, rows: list[bytes]) -> int:
         """No await, on the trio thread: whoever opens one of these files does so before or after."""
-        dropped = self._upkeep.drop(rows, self._upkeep.with_folders(self._handles))
-        self._names.drop(dropped)
-        return len(rows)
+        count, numbers = self._upkeep.drop(rows, self._upkeep.with_folders(self._handles))
+        self._names.drop(numbers)
+        return count

@@ -319,7 +319,7 @@ def test_what_was_put_since_the_last_commit_is_not_dropped(index: IndexStore) ->
     index.flush()
     with index._lock:  # the writer waits
         index.put_entry(numbers[0], EntryRecord(Kind.SOURCE, ROOT_INODE, b"y", bytes(16)))
-        assert upkeep.drop([b"e" + number.to_bytes(8, "big") for number in numbers], {numbers[1]}) == [numbers[2]]
+        assert upkeep.drop([b"e" + number.to_bytes(8, "big") for number in numbers], {numbers[1]}) == (1, [numbers[2]])
     index.flush()
     assert [index.entry(number) is not None for number in numbers] == [True, True, False]
     assert [index.number_of(bytes([at]) * 16) for at in range(3)] == [*numbers[:2], None]

@@ -167,6 +167,7 @@ def measure_opens(report: Report, source: str, place: str, opens: int) -> None:
         for number in range(10):
             took = [one for _ in range(step // 100) for one in opens_us(order.choices(paths, k=100))]
             memory.append(rss_anon_mib(daemon))
+            time.sleep(0.2)  # the kernel sends RELEASE after close(2) has returned
             descriptors.append(len(os.listdir(f"/proc/{daemon}/fd")))
             latency.append(statistics.median(took))
             steps[f"{(number + 1) * step} opens"] = (

@@ -175,11 +175,11 @@ class Upkeep:
                 at = entry.parent
         return kept
 
-    def drop(self, rows: Iterable[bytes], keep: AbstractSet[int]) -> list[int]:
+    def drop(self, rows: Iterable[bytes], keep: AbstractSet[int]) -> tuple[int, list[int]]:
         """Delete rows, in one transaction, but for entries in `keep` and what was put since the last commit.
 
         Returns:
-            The inode numbers whose entries were deleted.
+            How many rows were deleted, and the inode numbers of those that were entries.
 
         Raises:
             IndexStoreError: it could not be written; nothing was deleted.
@@ -187,8 +187,11 @@ class Upkeep:
         store = self._store
         wanted = [(_BY_LETTER[row[:1]], row[1:]) for row in rows]
         dropped: list[int] = []
+        count = 0
 
         def write(txn: Transaction) -> None:
+            nonlocal count
+            count = 0
             dropped.clear()
             for room, key in wanted:
                 if (room, key) in store._overlay:
@@ -201,7 +204,7 @@ class Upkeep:
                     if store._find(txn, b"keys", entry.key) == key:
                         txn.delete(entry.key, db=store._rooms[b"keys"])
                     dropped.append(number)
-                txn.delete(key, db=store._rooms[room])
+                count += txn.delete(key, db=store._rooms[room])
 
         store._writing(write)
-        return dropped
+        return count, dropped
