@@ -58,6 +58,9 @@ class MountConfig:
             raise UsageError(f"engine {self.engine!r} is none of {', '.join(ENGINES)}")
         if self.log_level not in LOG_LEVELS:
             raise UsageError(f"log level {self.log_level!r} is none of {', '.join(LOG_LEVELS)}")
+        if self.mountpoint != self.source and self.mountpoint.startswith(self.source.rstrip("/") + "/"):
+            # Listing the source would ask the mount, which asks the source: neither would ever answer.
+            raise UsageError("lies inside the source", path=self.mountpoint, mend="name a folder outside of it")
         for name in ("deadline_s", "attribute_timeout_s"):
             if not 0 <= getattr(self, name) <= _LONGEST_S:
                 raise UsageError(f"{name} must lie between 0 and {_LONGEST_S:g} seconds")

@@ -20,7 +20,7 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, ParamSpec, TypeVar
 
@@ -62,6 +62,8 @@ _XATTR: Final = b"user.weightfs."
 _READABLE_BITS: Final = 0o444
 _FOLDER_BITS: Final = 0o555
 _MAX_LISTINGS: Final = 64
+_MAX_ROWS: Final = 20_000
+"""Of all listings held, about 0.5 KB each; the newest is held whatever it has."""
 _DIRECTORY_BYTES: Final = 4096
 _FIRST_COOKIE: Final = 16
 
@@ -213,6 +215,14 @@ class Filesystem:
     def forget(self, inode: int, lookups: int) -> None:
         """The kernel gives back that many look-ups of a number."""
         self._tree.forget(inode, lookups)
+
+    def drop(self, inodes: Iterable[int]) -> None:
+        """Forget numbers that the index has dropped: their names are gone."""
+        self._tree.drop(inodes)
+
+    def shed(self) -> None:
+        """Forget numbers that the kernel does not hold; the index has them."""
+        self._tree.shed()
 
     # Attributes
 
@@ -369,8 +379,9 @@ class Filesystem:
         if after == 0 or inode not in self._listings:
             self._listings[inode] = await self._list(node)
             self._listings.move_to_end(inode)
-            if len(self._listings) > _MAX_LISTINGS:
-                self._listings.popitem(last=False)
+            rows = sum(map(len, self._listings.values()))
+            while len(self._listings) > 1 and (len(self._listings) > _MAX_LISTINGS or rows > _MAX_ROWS):
+                rows -= len(self._listings.popitem(last=False)[1])
         entries = self._listings[inode]
         return itertools.islice(entries, bisect.bisect_right(entries, after, key=_cookie_of), None)
 

@@ -13,9 +13,11 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
+
+import msgspec
 
 from weightfs.errors import EntryError, FormatError, ShortReadError, StaleError
 from weightfs.formats import (
@@ -24,11 +26,11 @@ from weightfs.formats import (
     group_shards,
     merge_shards,
     npy_header,
-    parse_header,
     parse_weight_map,
 )
 from weightfs.formats.layout import WeightLayout
 from weightfs.formats.shards import MAX_INDEX_BYTES
+from weightfs.headers import is_settled, read_record, slot_of
 from weightfs.index.schema import FileRecord
 from weightfs.index.store import IndexStore
 from weightfs.model import read_exactly
@@ -36,12 +38,14 @@ from weightfs.source.base import Source, SourceStat
 
 log = logging.getLogger(__name__)
 
-_SETTLED_NS: Final = 2_000_000_000
-"""A file changed less than this ago may change again without its times showing it: remembered in memory only."""
 _MAX_RUNS: Final = 4096  # parsed files kept in memory
 _MAX_SETS: Final = 256
+_MAX_TENSORS: Final = 100_000
+"""Tensors kept in memory, in parsed files and once more in sets: about 0.3 KB each."""
 _MAX_FAULTS: Final = 1024
 _RECENT_S: Final = 1.0
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,6 @@ class ParsedFile:
         path: where it was found, relative to the root, symlinks resolved.
         name: what it is called in the folder it was found in.
         record: what its header said.
-        layout: the same as a layout; None when the header has a fault.
         settled: whether the identity can be relied on to change with the content.
     """
 
@@ -61,8 +64,12 @@ class ParsedFile:
     path: bytes
     name: str
     record: FileRecord
-    layout: WeightLayout | None
     settled: bool
+
+    @property
+    def layout(self) -> WeightLayout | None:
+        """What its header said, as a layout made anew each time; None when the header has a fault."""
+        return None if self.record.fault else self.record.layout(self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +86,10 @@ class ViewSet:
     raw: Mapping[bytes, tuple[ParsedFile, int]]
     npy: Mapping[bytes, tuple[ParsedFile, int]]
 
+    def __len__(self) -> int:
+        """Names in both."""
+        return len(self.raw) + len(self.npy)
+
 
 class Library:
     """Parsed weight files of one source."""
@@ -87,9 +98,10 @@ class Library:
         self._source = source
         self._index = index
         self._lock = threading.Lock()
-        self._runs: OrderedDict[bytes, ParsedFile] = OrderedDict()  # by `_slot`
+        self._runs: OrderedDict[bytes, ParsedFile] = OrderedDict()  # by `slot_of`
         self._bases: list[int] = []  # sorted; parallel to _by_base's keys
         self._by_base: dict[int, bytes] = {}
+        self._tensors = 0  # in `_runs`
         self._sets: OrderedDict[tuple[object, ...], ViewSet | None] = OrderedDict()
         self._recent: OrderedDict[tuple[bytes, str], tuple[float, ViewSet]] = OrderedDict()
         self.headers_parsed = 0
@@ -111,8 +123,8 @@ class Library:
             OSError: the source failed.
         """
         identity = entry.identity
-        slot = _slot(identity, name)
-        settled = time.time_ns() - max(entry.ctime_ns, entry.mtime_ns) > _SETTLED_NS
+        slot = slot_of(identity, name)
+        settled = is_settled(entry, time.time_ns())
         with self._lock:
             known = self._runs.get(slot)
             if known is not None and known.path == path and (known.settled or not settled):
@@ -122,42 +134,34 @@ class Library:
         if record is None:
             record = self._parse(path, name, entry, known.record if known else None)
             if settled:
-                self._index.put_file(slot, record)
-        if settled and record.base:
+                record = self._index.put_file_once(slot, record)
+        elif known is not None and not known.settled and known.record.tensors == record.tensors:
+            # The crawl has recorded it since it was young; the numbers given out then are the ones that stay.
+            record = known.record
+            self._index.put_file(slot, record)
+        if settled and record.base and self._index.owner_of_view(record.base) != (identity, path, name):
             self._index.put_owner(record.base, identity, path, name)
-        layout = None if record.fault else record.layout(name)
-        found = ParsedFile(identity, path, name, record, layout, settled)
+        found = ParsedFile(identity, path, name, record, settled)
         self._remember(found)
         return found
 
     def _parse(self, path: bytes, name: str, entry: SourceStat, before: FileRecord | None) -> FileRecord:
-        fd, opened = self._source.open(path)
-        try:
-            if opened.identity != entry.identity:
-                raise StaleError("changed while its header was read", path=os.fsdecode(path))
-            self.headers_parsed += 1
-            try:
-                layout = parse_header(name, opened.size, read_exactly(fd))
-            except FormatError as e:
-                e.path = os.fsdecode(path)
-                log.debug("no tensor views: %s", e)
-                return FileRecord(0, format_of(name) or "", [], {}, False, (e.reason, e.message, e.offset))
-            if self._source.fstat(fd).identity != entry.identity:
-                raise StaleError("changed while its header was read", path=os.fsdecode(path))
-        finally:
-            os.close(fd)
-        fresh = FileRecord.of(0, layout)
-        if before is not None and fresh.tensors == before.tensors:
-            base = before.base
-        else:
-            base = self._index.take(2 * len(layout.tensors)) if layout.tensors else 0
-        return FileRecord.of(base, layout)
+        fresh = read_record(self._source, path, entry, name)
+        assert fresh is not None, "no limit was set"
+        self.headers_parsed += 1
+        if not fresh.tensors:
+            return fresh
+        same = before is not None and fresh.tensors == before.tensors
+        base = before.base if before is not None and same else self._index.take(2 * len(fresh.tensors))
+        return msgspec.structs.replace(fresh, base=base)
 
     def _remember(self, found: ParsedFile) -> None:
         with self._lock:
-            slot = _slot(found.identity, found.name)
+            slot = slot_of(found.identity, found.name)
+            if slot in self._runs:
+                self._drop(self._runs.pop(slot))
             self._runs[slot] = found
-            self._runs.move_to_end(slot)
+            self._tensors += len(found.record.tensors)
             name = os.fsdecode(found.path)
             if found.record.fault:
                 reason, message, offset = found.record.fault
@@ -167,14 +171,17 @@ class Library:
                     self._faults.popitem(last=False)
             else:
                 self._faults.pop(found.path, None)
-            if found.record.base and found.record.base not in self._by_base:
-                bisect.insort(self._bases, found.record.base)
             if found.record.base:
+                bisect.insort(self._bases, found.record.base)
                 self._by_base[found.record.base] = slot
-            if len(self._runs) > _MAX_RUNS:
-                _, dropped = self._runs.popitem(last=False)
-                if self._by_base.pop(dropped.record.base, None) is not None:
-                    self._bases.remove(dropped.record.base)
+            while len(self._runs) > 1 and (len(self._runs) > _MAX_RUNS or self._tensors > _MAX_TENSORS):
+                self._drop(self._runs.popitem(last=False)[1])
+
+    def _drop(self, gone: ParsedFile) -> None:
+        """Undo what `_remember` noted of a file just taken out of `_runs`."""
+        self._tensors -= len(gone.record.tensors)
+        if self._by_base.pop(gone.record.base, None) is not None:
+            self._bases.remove(gone.record.base)
 
     def current_faults(self) -> list[FormatError]:
         """The faults found so far, of files that are still what they were. May wait for the source."""
@@ -197,11 +204,11 @@ class Library:
             found = self._runs.get(self._by_base[self._bases[at]]) if at >= 0 else None
         if found is None or not _holds(found.record, inode):
             owner = self._index.owner_of_view(inode)
-            record = self._index.file(_slot(owner[0], owner[2])) if owner else None
+            record = self._index.file(slot_of(owner[0], owner[2])) if owner else None
             if owner is None or record is None or not _holds(record, inode):
                 return None
             identity, path, name = owner
-            found = ParsedFile(identity, path, name, record, record.layout(name), settled=True)
+            found = ParsedFile(identity, path, name, record, settled=True)
             self._remember(found)
         position, npy = divmod(inode - found.record.base, 2)
         return found, position, bool(npy)
@@ -247,10 +254,8 @@ class Library:
             if found is not None:
                 self._recent[folder, name] = (time.monotonic() + _RECENT_S, found)
                 self._recent.move_to_end((folder, name))
-            while len(self._sets) > _MAX_SETS:
-                self._sets.popitem(last=False)
-            while len(self._recent) > _MAX_SETS:
-                self._recent.popitem(last=False)
+            _trim(self._sets, lambda views: len(views or ()))
+            _trim(self._recent, lambda row: len(row[1]), lambda row: row[0] < time.monotonic())
         return found
 
     def last_change_ns(self, folder: bytes, name: str | None) -> int:
@@ -286,11 +291,11 @@ class Library:
             return None, False  # being written: the next look-up tries again
         settled = all(one.settled for one in parsed.values())
         # A symlink's own name may differ from its target's (Hugging Face's blobs): the set speaks of the former.
-        layouts = [one.record.layout(file) for file, one in parsed.items() if one.layout is not None]
+        layouts = {file: one.record.layout(file) for file, one in parsed.items() if not one.record.fault}
         if not layouts:
             return None, settled
         try:
-            merged = merge_shards(layouts, self._weight_map(*weight_map) if weight_map else None)
+            merged = merge_shards(list(layouts.values()), self._weight_map(*weight_map) if weight_map else None)
         except FormatError as e:
             log.debug("no tensor views: %s", e)
             return None, settled
@@ -298,9 +303,8 @@ class Library:
             return None, False
         places = {
             (file, extent.name): position
-            for file, one in parsed.items()
-            if one.layout is not None
-            for position, extent in enumerate(one.layout.tensors)
+            for file, layout in layouts.items()
+            for position, extent in enumerate(layout.tensors)
         }
         raw, npy = {}, {}
         for extent in merged.tensors:
@@ -331,9 +335,18 @@ class Library:
             os.close(fd)
 
 
-def _slot(identity: bytes, name: str) -> bytes:
-    """Where what a header says is kept: one content may lie under names of either format."""
-    return identity + (format_of(name) or "").encode()
+def _trim(
+    rows: OrderedDict[_K, _V], size: Callable[[_V], int], is_over: Callable[[_V], bool] = lambda _: False
+) -> None:
+    """Drop the oldest rows: those that are over, and those too many or, by the names they hold, too large together."""
+    names = sum(size(row) for row in rows.values())
+    while rows:
+        key, oldest = next(iter(rows.items()))
+        is_too_much = len(rows) > 1 and (len(rows) > _MAX_SETS or names > _MAX_TENSORS)
+        if not is_too_much and not is_over(oldest):
+            return
+        names -= size(oldest)
+        del rows[key]
 
 
 def _holds(record: FileRecord, inode: int) -> bool:

@@ -31,6 +31,7 @@ from weightfs.filesystem import Filesystem, FilesystemConfig
 from weightfs.fuse import FuseOperations, errno_of
 from weightfs.handles import HandleTable
 from weightfs.index.store import IndexStore
+from weightfs.indexing import Indexer
 from weightfs.keeping import SupervisedKeeper, adopt
 from weightfs.ledger import Ledger
 from weightfs.link import Link
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 
 _READAHEAD_KIB: Final = 4096
 _END_S: Final = 4.0
+_CRAWL_AFTER_TAKEOVER_S: Final = 30.0
 _STACKED: Final = frozenset({0x794C7630})  # overlayfs
 _FUSE: Final = 0x65735546
 STATUS_SCHEMA: Final = 1
@@ -74,6 +76,8 @@ class Service:
         self._operations = FuseOperations(timeout_s=config.attribute_timeout_s)
         self._index: IndexStore | None = None
         self._filesystem: Filesystem | None = None
+        self._indexer: Indexer | None = None
+        self._took_over = False
         self._held: dict[int, int] = {}
         self._orders: dict[str, Any] = {}
         self._goes = trio.Event()
@@ -114,6 +118,7 @@ class Service:
                 nursery.start_soon(self._retire_on_signal)
                 nursery.start_soon(pyfuse3.main)
                 nursery.start_soon(self._announce, nursery)
+                nursery.start_soon(self._index_behind)
                 await channel.run(self._may_read)
                 if self._retires:
                     self._hand_over()
@@ -132,6 +137,7 @@ class Service:
         gc.freeze()  # what is there now stays: no collection looks at it again
         self._link.say({"prepared": {}})
         await self._goes.wait()
+        self._took_over = bool(self._ledger.init_request)
         after_death = self._ledger.begin()
         if after_death:
             log.warning("takes over from a daemon that died, the %d. of this mount", self._ledger.deaths)
@@ -146,6 +152,9 @@ class Service:
             FilesystemConfig(deadline_s=self.config.deadline_s),
         )
         self._operations.attach(self._filesystem)
+        self._indexer = Indexer(
+            self._source, self._index, self._handles, self._filesystem, lambda: self._channel.requests.total()
+        )
         orphans = adopt(self._handles, self._ledger, self._keeper, self._held)
         self._held = {}
         self._serves.set()
@@ -167,6 +176,14 @@ class Service:
             nursery.start_soon(control_server.serve, self._control, {"status": self._control_status})
         if self.config.metrics_listen:
             metrics.serve(listen_address(self.config.metrics_listen), self.status)
+
+    async def _index_behind(self) -> None:
+        """Crawl once the mount serves; not at once after a takeover, when the predecessor's crawl is likely done."""
+        await self._serves.wait()
+        if self._indexer is not None:
+            if self._took_over:
+                await trio.sleep(_CRAWL_AFTER_TAKEOVER_S)
+            await self._indexer.run()
 
     async def _listen(self, scope: trio.CancelScope) -> None:
         """Do what the supervisor says; without one, end the mount."""
@@ -285,6 +302,7 @@ class Service:
                 {"path": fault.path, "code": fault.reason, "offset": fault.offset, "message": fault.message}
                 for fault in library.current_faults()
             ],
+            "indexing": self._indexer.status() if self._indexer is not None else None,
             "index": {"epoch": index.epoch, "set_aside": index.set_aside},
             "resident_bytes": None,
             "prefetch": None,

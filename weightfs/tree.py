@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from weightfs.errors import StaleError
@@ -133,3 +133,13 @@ class Tree:
         if node.lookups <= 0:
             del self._nodes[inode]
             self._numbers.pop(node.key, None)
+
+    def drop(self, inodes: Iterable[int]) -> None:
+        """Forget nodes that the index has dropped."""
+        for inode in inodes:
+            if (node := self._nodes.pop(inode, None)) is not None:
+                self._numbers.pop(node.key, None)
+
+    def shed(self) -> None:
+        """Forget nodes that the kernel does not hold: seen in passing, never taken back by a FORGET."""
+        self.drop([node.inode for node in self._nodes.values() if node.lookups <= 0 and node is not self._root])

@@ -24,6 +24,11 @@ def test_defaults() -> None:
     assert config.state_folder == default_state_dir("/srv/models")
 
 
+def test_a_mount_may_cover_its_source_and_lie_beside_it() -> None:
+    for mountpoint in ("/a", "/ab"):
+        assert MountConfig(source="/a", mountpoint=mountpoint).mountpoint == mountpoint
+
+
 def test_what_is_set_wins() -> None:
     for wanted in (True, False):
         assert MountConfig(source="/a", mountpoint="/b", allow_other=wanted).for_others is wanted
@@ -42,11 +47,13 @@ def test_what_is_set_wins() -> None:
         ({"attribute_timeout_s": math.nan}, "attribute_timeout_s"),
         ({"attribute_timeout_s": math.inf}, "attribute_timeout_s"),
         ({"metrics_listen": "9464"}, "9464"),
+        ({"source": "/", "mountpoint": "/b"}, "/b: lies inside the source"),
+        ({"source": "/a", "mountpoint": "/a/b/c"}, "/a/b/c: lies inside the source"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError) as caught:
-        MountConfig(source="/a", mountpoint="/b", **settings)
+        MountConfig(**{"source": "/a", "mountpoint": "/b", **settings})
     assert named in str(caught.value)
 
 
@@ -186,10 +193,12 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
 def test_places_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "name").symlink_to("real")
+    (tmp_path / "place").symlink_to("elsewhere")
+    (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    config = mount_config("name", "name/mnt", None, {})
+    config = mount_config("name", "place/mnt", None, {})
     assert config.source == str(tmp_path / "real")
-    assert config.mountpoint == str(tmp_path / "real" / "mnt")
+    assert config.mountpoint == str(tmp_path / "elsewhere" / "mnt")
     # The mountpoint itself is not resolved: a dead mount can't be asked.
     assert mount_config("name", "name", None, {}).mountpoint == str(tmp_path / "name")
     assert mount_config("name", "name/", None, {}).mountpoint == str(tmp_path / "name")

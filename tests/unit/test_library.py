@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,9 +16,11 @@ from tests.helpers.models import (
     write_safetensors,
 )
 from tests.unit.support import Later
+from weightfs import headers
 from weightfs import library as module
 from weightfs.errors import StaleError
 from weightfs.formats import encode_name
+from weightfs.index.schema import FileRecord
 from weightfs.index.store import IndexStore
 from weightfs.library import Library, ParsedFile
 from weightfs.source.local import LocalSource
@@ -173,17 +176,72 @@ def test_a_file_that_changes_while_it_is_parsed_is_stale(
     os.utime(f"{root}/m.safetensors", ns=(1, 1))
     with pytest.raises(StaleError):
         library.parsed(b"m.safetensors", entry, "m.safetensors")
-    parse_header = vars(module)["parse_header"]
+    parse_header = vars(headers)["parse_header"]
 
     def overtaken(*arguments: object) -> object:
         layout = parse_header(*arguments)
         os.utime(f"{root}/m.safetensors", ns=(2, 2))
         return layout
 
-    monkeypatch.setattr(module, "parse_header", overtaken)
+    monkeypatch.setattr(headers, "parse_header", overtaken)
     with pytest.raises(StaleError):
         parse(library, b"m.safetensors")
     assert library.models == 0
+
+
+def test_memory_is_bounded_by_tensors(
+    root: str, library: Library, monkeypatch: pytest.MonkeyPatch, settled: Later
+) -> None:
+    monkeypatch.setattr(module, "_MAX_TENSORS", 14)
+    numbers = []
+    for at in range(9):
+        write_safetensors(f"{root}/{at}/m.safetensors", TENSORS)
+        views = library.view_set(b"%d" % at, "m")
+        assert views is not None
+        numbers += [parsed.record.base + 2 * position for parsed, position in views.raw.values()]
+    assert library.models == 14 // 3
+    assert len(library._bases) == len(library._by_base) == library.models
+    assert library._tensors == 3 * library.models
+    assert len(library._sets) == len(library._recent) == 14 // 6
+    assert all(library.view(number) is not None for number in numbers), "the index knows the rest"
+    settled.passed_s += 10
+    assert library.view_set(b"8", "m") is not None
+    assert len(library._recent) == 1, "what is too old to be used is not kept"
+    write_safetensors(f"{root}/large/m.safetensors", {f"t{n}": tensor("U8", (1,), n) for n in range(20)})
+    large = library.view_set(b"large", "m")
+    assert large is not None
+    assert len(large.raw) == 20
+    assert (library.models, library._tensors) == (1, 20), "one is kept whatever it holds"
+
+
+@pytest.mark.usefixtures("settled")
+def test_headers_read_at_once_give_one_record(root: str, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_safetensors(f"{root}/m.safetensors", TENSORS)
+    read = vars(module)["read_record"]
+    records: list[FileRecord | None] = []
+
+    def overtaken(*arguments: Any, **options: Any) -> object:
+        if not records:
+            records.append(None)
+            records.append(parse(Library(library._source, library._index), b"m.safetensors").record)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(module, "read_record", overtaken)
+    assert parse(library, b"m.safetensors").record == records[1]
+
+
+def test_a_young_file_that_was_indexed_since_keeps_the_numbers_given_out(
+    root: str, library: Library, index: IndexStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Later(0)
+    monkeypatch.setattr(module, "time", clock)
+    write_safetensors(f"{root}/m.safetensors", TENSORS)
+    young = parse(library, b"m.safetensors")
+    clock.ahead_ns = 10_000_000_000
+    assert parse(Library(library._source, index), b"m.safetensors").record.base != young.record.base
+    old = parse(library, b"m.safetensors")
+    assert old.record == young.record == index.file(old.identity + b"safetensors")
+    assert library.view(young.record.base) == (old, 0, False)
 
 
 def test_memory_is_bounded(root: str, library: Library, monkeypatch: pytest.MonkeyPatch, settled: Later) -> None:

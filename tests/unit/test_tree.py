@@ -183,3 +183,22 @@ def test_a_path_as_deep_as_paths_get(tree: Tree) -> None:
     for depth in range(2047):
         node = tree.see(Kind.SOURCE, node.inode, b"d", key(depth + 100))
     assert tree.path(node) == b"/".join([b"d"] * 2047)
+
+
+def test_what_the_index_dropped_is_forgotten_held_or_not(tree: Tree, index: IndexStore, folder: Node) -> None:
+    held = tree.see(Kind.SOURCE, folder.inode, b"held", key(2))
+    tree.count_lookup(held)
+    tree.drop([held.inode, inode_number(index.epoch, 5_000_000)])
+    again = tree.see(Kind.SOURCE, folder.inode, b"held", key(2))
+    assert again is not held
+
+
+def test_shedding_keeps_what_the_kernel_holds(tree: Tree, folder: Node) -> None:
+    held, idle = (tree.see(Kind.SOURCE, folder.inode, name, key(2 + at)) for at, name in enumerate((b"held", b"idle")))
+    tree.count_lookup(held)
+    tree.shed()
+    assert len(tree) == 2, "the root and what is held"
+    assert tree.node(held.inode) is held
+    assert tree.path(tree.node(held.inode)) == b"folder/held", "the index knows the folder"
+    assert tree.node(idle.inode).name == b"idle"
+    assert tree.see(Kind.SOURCE, folder.inode, b"idle", key(3)).inode == idle.inode

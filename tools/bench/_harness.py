@@ -118,11 +118,12 @@ def _command(*arguments: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Mount:
-    """A weightfs that serves."""
+    """A weightfs that serves; `start_s` is how long the command took."""
 
     source: str
     path: str
     document: dict[str, Any]
+    start_s: float = 0.0
 
     def status(self) -> dict[str, Any]:
         """What it says of itself. Asking costs it a few requests: see `requests_of`."""
@@ -157,9 +158,10 @@ def mounted(source: str, place: str, *, engine: str = "auto", state: str = "stat
     )
     time.sleep(max(0.0, _SETTLED_S - (time.time() - youngest)))
     state_folder = os.path.join(place, state)
+    started = time.perf_counter()
     try:
         document = _command("mount", source, point, "--engine", engine, "--state-dir", state_folder, "--json")
-        yield Mount(source, point, document)
+        yield Mount(source, point, document, time.perf_counter() - started)
     finally:
         unmount(point, [WEIGHTFS, "umount", point], [WEIGHTFS, "umount", "--lazy", point])
 
@@ -481,6 +483,20 @@ class Report:
         bare, value = samples.medians
         row = Row(what, bare, value, unit, value, target, sense, f" {unit}", samples.ratio, samples.ratio_of_medians)
         row.samples, row.note = {"bare": samples.a, "mount": samples.b}, note
+        self._add(row)
+
+    def record(
+        self,
+        what: str,
+        values: list[float],
+        unit: str,
+        target: float | None,
+        *,
+        note: str = "",
+    ) -> None:
+        """A row of the mount's own figures, without anything bare beside it; the target is the most it may be."""
+        value = statistics.median(values)
+        row = Row(what, None, value, unit, value, target, "at most", f" {unit}", samples={"mount": values}, note=note)
         self._add(row)
 
     def count(self, what: str, counted: int, *, note: str = "") -> None:

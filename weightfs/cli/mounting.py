@@ -247,6 +247,12 @@ def _show(said: dict[str, Any]) -> None:
         f"  weights    {said['models']} files in memory, {said['headers_parsed']} headers parsed, {said['opens']} opens"
     )
     say(f"  bytes      {human_bytes(said['bytes_read'])} through user space; the rest the kernel read by itself")
+    indexing = said["indexing"]
+    state = "done" if indexing["done"] and not indexing["failure"] else indexing["failure"] or "goes on"
+    say(
+        f"  indexing   {printable(state)}: {indexing['files']} files in {indexing['folders']} folders, "
+        f"{indexing['headers']} headers read in {indexing['seconds']:.1f} s"
+    )
     for why, count in said["passthrough_refused"].items():
         say(f"  refused    passthrough for {count} opens: {why}")
     for path in said["changed_in_place"]:

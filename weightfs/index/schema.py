@@ -2,7 +2,8 @@
 
 An inode number is `epoch << 32 | serial`: 31 bits of epoch, 32 bits of serial. The epoch is the second in which an
 index was made, counted from 2026 and always larger than its predecessor's, so that a number means one thing for ever.
-Serials are given out once and never again.
+Serials are given out once and never again; when an epoch has none left, which a library of a million tensors that is
+replaced ten times a day reaches in seven months, the index goes on under a new one.
 
 Entries of the source (files, folders, symlinks) take one serial each. Views take none of their own: a parsed file
 reserves a run of `2 * n` serials, and its tensor `i` is `base + 2 * i` as `.tensors/` file and `base + 2 * i + 1` as
@@ -28,6 +29,7 @@ schema, so that a version takes over from the one before it without any number c
 ROOT_INODE: Final = 1
 IDENTITY_BYTES: Final = 16
 _SERIAL_BITS: Final = 32
+SERIALS: Final = 1 << _SERIAL_BITS
 _EPOCH_ZERO: Final = 1767225600  # 2026-01-01T00:00:00Z
 
 
@@ -89,6 +91,13 @@ class FileRecord(msgspec.Struct, frozen=True, array_like=True):
     metadata: dict[str, str]
     big_endian: bool
     fault: tuple[str, str, int] | None
+
+    @staticmethod
+    def numbered(encoded: bytes, base: int) -> bytes:
+        """The MessagePack form of a record without numbers, with `base` put in: 100 tensors are not decoded for it."""
+        if encoded[:2] != b"\x96\x00":  # an array of six, the first of them 0
+            raise ValueError("no record without numbers")
+        return encoded[:1] + msgspec.msgpack.encode(base) + encoded[2:]
 
     def layout(self, file: str) -> WeightLayout:
         """The layout, for a file now called `file`."""

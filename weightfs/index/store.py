@@ -34,6 +34,7 @@ from weightfs.index.schema import (
     IDENTITY_BYTES,
     MIGRATIONS,
     SCHEMA,
+    SERIALS,
     EntryRecord,
     FileRecord,
     inode_number,
@@ -61,6 +62,7 @@ _DAMAGED: Final = (
 the file."""
 _GROUP: Final = 1000  # records a commit: what a look-up may have to wait for, about 2 ms
 _LOCK_FILE_BYTES: Final = 64 << 10
+Transaction = lmdb.Transaction  # for the annotations of those who may not import lmdb
 _T = TypeVar("_T")
 _Record = TypeVar("_Record", EntryRecord, FileRecord)
 
@@ -258,10 +260,10 @@ class IndexStore:
                 self._judge(meta)
                 meta = self._migrate(txn, meta)
                 self.epoch = meta.epoch
-                self._note_epoch()
                 taken_over = self._take_over_numbers()
                 if not taken_over:
                     self._reserve(txn, 0)
+            self._note_epoch()
             if not taken_over:
                 env.sync(True)
             env.reader_check()  # readers that were killed would keep their pages for ever
@@ -397,9 +399,20 @@ class IndexStore:
     def _reserve(self, txn: lmdb.Transaction, count: int) -> None:
         room = self._rooms[b"meta"]
         raw = txn.get(b"next", db=room)
+        meta_raw = txn.get(b"meta", db=room)
+        assert meta_raw is not None, "written when the index was made"
         # 0 is no inode and 1 the root, whose number every FUSE mount fixes.
         start = int.from_bytes(_unseal(b"meta", b"next", bytes(raw)), "big") if raw is not None else 2
         size = max(_BLOCK, count)
+        # Read each time: another daemon that shares the index may have begun an epoch.
+        meta = msgspec.msgpack.decode(_unseal(b"meta", b"meta", bytes(meta_raw)), type=_Meta)
+        if start + size > SERIALS:
+            # Records hold whole numbers, so those of past epochs stay what they are.
+            meta = msgspec.structs.replace(meta, epoch=new_epoch(max(meta.epoch, self._last_epoch())))
+            txn.put(b"meta", _seal(b"meta", b"meta", msgspec.msgpack.encode(meta)), db=room)
+            start = 2
+        self.epoch = meta.epoch
+        self._note_epoch()
         txn.put(b"next", _seal(b"meta", b"next", (start + size).to_bytes(8, "big")), db=room)
         self._next, self._reserved = start, start + size
 
@@ -438,6 +451,14 @@ class IndexStore:
     def put_file(self, content: bytes, record: FileRecord) -> None:
         """Remember a parsed header."""
         self._put(b"files", content, msgspec.msgpack.encode(record))
+
+    def put_file_once(self, content: bytes, record: FileRecord) -> FileRecord:
+        """`put_file`, unless somebody was faster; gives the record that counts."""
+        with self._lock:
+            if (known := self.file(content)) is not None:
+                return known
+            self.put_file(content, record)
+            return record
 
     def put_owner(self, base: int, identity: bytes, path: bytes, name: str) -> None:
         """Remember which content a run of views belongs to, and where and as what that was last seen."""

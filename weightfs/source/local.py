@@ -40,8 +40,11 @@ def _filesystem_type(fd: int) -> int:
 class LocalSource:
     """A folder. Thread-safe; owns one descriptor until `close`."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, *, descriptor: int | None = None) -> None:
         """Open `root`, symlinks in the path to it resolved once, here.
+
+        With a `descriptor` that folder is the root whatever lies at its path now (a mount, possibly ours); it is owned
+        from here on.
 
         Raises:
             UsageError: there is no such folder.
@@ -49,7 +52,8 @@ class LocalSource:
         """
         self.name = os.path.realpath(root)
         try:
-            self._root = os.open(self.name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            self._root = os.open(self.name, flags) if descriptor is None else descriptor
         except OSError as e:
             raise UsageError(
                 f"can't serve it: {os.strerror(e.errno or 0)}", path=root, mend="name an existing folder"
@@ -64,6 +68,11 @@ class LocalSource:
         self._filesystems: dict[int, bytes] = {}
         self._filesystems_lock = threading.Lock()
         self.fstat(self._root)  # names the filesystem before a symlink, which can't be asked, is the first of it
+
+    @property
+    def descriptor(self) -> int:
+        """Of the root, for a process that is to inherit it."""
+        return self._root
 
     def close(self) -> None:
         """Give the root descriptor back; descriptors from `open` stay valid."""
