@@ -30,9 +30,10 @@ import queue
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import trio
@@ -58,6 +59,7 @@ _SO_SNDBUFFORCE: Final = 32
 _SO_RCVBUFFORCE: Final = 33
 _NO_REPLY: Final = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET})
 _NOT_WANTED: Final = frozenset({Opcode.FLUSH, Opcode.OPENDIR})
+_OF_NAMES: Final = frozenset({Opcode.LOOKUP, Opcode.READDIR, Opcode.READDIRPLUS})
 _TICK_S: Final = 0.25
 
 
@@ -86,6 +88,7 @@ class _Pending:
     nodeid: int
     reserved_bytes: int
     expires: float
+    since: float = field(default_factory=time.monotonic)
 
 
 class Channel:
@@ -149,6 +152,24 @@ class Channel:
     def mountpoint(self) -> str:
         """What pyfuse3 is to be given as mountpoint."""
         return f"/dev/fd/{self._theirs.fileno()}"
+
+    def held_s(self, nodeid: int) -> float:
+        """For how long the oldest LOOKUP or listing of a folder has waited, with the kernel's lock of that folder.
+
+        Callable from any thread.
+        """
+        asked = (p.since for p in list(self._pending.values()) if p.nodeid == nodeid and p.opcode in _OF_NAMES)
+        return time.monotonic() - min(asked, default=time.monotonic())
+
+    def abandon(self) -> None:
+        """Answer EIO to whoever waits: for an end after which nobody answers any more.
+
+        A thread of ours may wait in the kernel for a lock that one of them holds, and could not end before.
+        """
+        for unique, pending in list(self._pending.items()):
+            if self._settle(unique):
+                self._give_back(pending)
+                self._reply_error(unique, errno.EIO)
 
     async def run(self) -> None:
         """Carry messages until the filesystem is unmounted."""

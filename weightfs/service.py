@@ -21,6 +21,7 @@ import pyfuse3
 import trio
 
 from weightfs import metrics, mounts
+from weightfs.beliefs import Beliefs
 from weightfs.channel import Channel, ChannelConfig
 from weightfs.config import MountConfig, listen_address
 from weightfs.errors import UnfitError, WeightfsError
@@ -28,7 +29,9 @@ from weightfs.filesystem import Filesystem, FilesystemConfig
 from weightfs.fuse import FuseOperations, errno_of
 from weightfs.handles import HandleTable
 from weightfs.index.store import IndexStore
+from weightfs.notifier import Notifier
 from weightfs.source.local import LocalSource
+from weightfs.watch import Watcher
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +61,10 @@ class Service:
             self._source, self._index, self._handles, texts, FilesystemConfig(deadline_s=config.deadline_s)
         )
         self._channel: Channel | None = None
+        self._notifier: Notifier | None = None
+        self._watcher: Watcher | None = None
+        self._beliefs: Beliefs | None = None
+        self._unwatched = "asked for"
         self._is_mounted = False
 
     async def run(self, mounted: Callable[[dict[str, Any]], None]) -> None:
@@ -91,6 +98,8 @@ class Service:
                 deadline_s=self.config.deadline_s,
             ),
         )
+        self._notifier = Notifier(kernel_fd, channel.held_s)
+        self._start_watching(self._notifier)
         operations = FuseOperations(self._filesystem, timeout_s=self.config.attribute_timeout_s)
         pyfuse3.init(operations, channel.mountpoint, set(pyfuse3.default_options))
         try:
@@ -102,8 +111,30 @@ class Service:
                 self._is_mounted = False
                 nursery.cancel_scope.cancel()
         finally:
+            self._stop_watching(channel)
             pyfuse3.close(unmount=False)
             channel.close()
+
+    def _start_watching(self, notifier: Notifier) -> None:
+        if self.config.watch == "off":
+            return
+        try:
+            self._watcher = Watcher(self.config.source)
+        except OSError as e:
+            self._unwatched = f"no inotify: {os.strerror(e.errno or 0)}"
+            log.warning("changes show after %g s: %s", self.config.attribute_timeout_s, self._unwatched)
+            return
+        self._beliefs = self._filesystem.watch(
+            self._source, self._watcher, notifier, short_s=self.config.attribute_timeout_s
+        )
+        self._watcher.start(self._filesystem.source_changed, trio.lowlevel.current_trio_token())
+
+    def _stop_watching(self, channel: Channel) -> None:
+        if self._watcher is not None:
+            self._watcher.close()
+        if self._notifier is not None and not self._notifier.close():
+            # It waits for a folder's lock, which someone holds who waits for us.
+            channel.abandon()
 
     async def _announce(self, channel: Channel, mounted: Callable[[dict[str, Any]], None]) -> None:
         with trio.fail_after(self.config.deadline_s):
@@ -196,6 +227,7 @@ class Service:
                 {"path": fault.path, "code": fault.reason, "offset": fault.offset, "message": fault.message}
                 for fault in library.current_faults()
             ],
+            "watch": self._beliefs.status() if self._beliefs else {"state": "off", "reason": self._unwatched},
             "index": {"epoch": self._index.epoch, "set_aside": self._index.set_aside},
             "resident_bytes": None,
             "prefetch": None,

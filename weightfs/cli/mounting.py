@@ -36,6 +36,7 @@ def mount(
     ] = None,
     state_dir: Annotated[str | None, typer.Option(help="Folder for index and log.")] = None,
     metrics_listen: Annotated[str | None, typer.Option(help="HOST:PORT for Prometheus.")] = None,
+    watch: Annotated[str | None, typer.Option(help="Watch folders for changes: auto or off.")] = None,
     config: Annotated[str | None, typer.Option(help="TOML file with the same names.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     as_json: Json = False,
@@ -51,6 +52,7 @@ def mount(
             "state_dir": os.path.abspath(state_dir) if state_dir else None,
             "metrics_listen": metrics_listen,
             "log_level": log_level,
+            "watch": watch,
         }
         settings = mount_config(source, mountpoint, config, options)
         if foreground:
@@ -241,6 +243,7 @@ def _show(said: dict[str, Any]) -> None:
         f"  weights    {said['models']} files in memory, {said['headers_parsed']} headers parsed, {said['opens']} opens"
     )
     say(f"  bytes      {human_bytes(said['bytes_read'])} through user space; the rest the kernel read by itself")
+    _show_watch(said["watch"])
     for why, count in said["passthrough_refused"].items():
         say(f"  refused    passthrough for {count} opens: {why}")
     for path in said["changed_in_place"]:
@@ -249,3 +252,12 @@ def _show(said: dict[str, Any]) -> None:
         say(f"  fault      {printable(fault['path'])}: {printable(fault['message'])} (at byte {fault['offset']})")
     if said["index"]["set_aside"]:
         say(f"  index      {said['index']['set_aside'][0]} was unusable: {said['index']['set_aside'][1]}")
+
+
+def _show_watch(watch: dict[str, Any]) -> None:
+    if watch["state"] == "off":
+        say(f"  watch      off ({watch['reason']}): changes show after a moment")
+        return
+    say(f"  watch      {watch['folders']} folders, {watch['batches']} batches of changes")
+    for why, count in watch["unwatched"].items():
+        say(f"  unwatched  {count} folders: {why}")
