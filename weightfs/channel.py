@@ -365,7 +365,8 @@ class Channel:
                 ("<I", wire.INIT_FLAGS2_AT),
             )
         )
-        flags |= wire.FUSE_INIT_EXT | wire.FUSE_CACHE_SYMLINKS | wire.FUSE_MAX_PAGES
+        # Without parallel operations one LOOKUP that waits keeps every other out of its folder.
+        flags |= wire.FUSE_INIT_EXT | wire.FUSE_CACHE_SYMLINKS | wire.FUSE_MAX_PAGES | wire.FUSE_PARALLEL_DIROPS
         background = max(background, self._config.max_background)
         struct.pack_into("<I", buffer, at + wire.INIT_FLAGS_AT, flags)
         struct.pack_into("<HH", buffer, at + wire.INIT_MAX_BACKGROUND_AT, background, background * 3 // 4)

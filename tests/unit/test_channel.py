@@ -88,7 +88,8 @@ def test_init_is_negotiated(passthrough: bool, offered: bool) -> None:
                 INIT_OUT.unpack(reply.body)
             )
             assert (major, minor, readahead, gran, align) == (7, 31, 131072, 1, 0), "left as they were"
-            assert flags == 0x8 | wire.FUSE_INIT_EXT | wire.FUSE_CACHE_SYMLINKS | wire.FUSE_MAX_PAGES
+            wanted = wire.FUSE_CACHE_SYMLINKS | wire.FUSE_MAX_PAGES | wire.FUSE_PARALLEL_DIROPS
+            assert flags == 0x8 | wire.FUSE_INIT_EXT | wanted
             assert flags2 == 0x100 | (wire.FUSE2_PASSTHROUGH if passthrough and offered else 0)
             assert depth == (passthrough and offered)
             assert (background, congestion) == (64, 48)
