@@ -383,7 +383,13 @@ class Filesystem:
         node = self._source_node(inode)
         if node is None or node.kind is not Kind.SOURCE:
             raise NotASymlinkError("is no symlink")
-        return await self._wait(self._source.readlink, self._tree.path(node))
+        path = self._tree.path(node)
+        try:
+            return await self._wait(self._source.readlink, path)
+        except OSError as e:
+            if e.errno == errno.EINVAL or e.errno in _GONE:
+                raise StaleError("its name means something else now", path=os.fsdecode(path)) from None
+            raise
 
     # Listings
 
