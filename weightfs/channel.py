@@ -34,9 +34,10 @@ import queue
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import trio
@@ -64,6 +65,7 @@ _SO_SNDBUFFORCE: Final = 32
 _SO_RCVBUFFORCE: Final = 33
 _NO_REPLY: Final = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET})
 _NOT_WANTED: Final = frozenset({Opcode.FLUSH, Opcode.OPENDIR})
+_OF_NAMES: Final = frozenset({Opcode.LOOKUP, Opcode.READDIR, Opcode.READDIRPLUS})
 _TICK_S: Final = 0.25
 _DRAIN_S: Final = 0.3
 _POISONED: Final = 2  # deaths
@@ -95,6 +97,7 @@ class _Pending:
     nodeid: int
     reserved_bytes: int
     expires: float
+    since: float = field(default_factory=time.monotonic)
 
 
 class Channel:
@@ -169,6 +172,24 @@ class Channel:
     def mountpoint(self) -> str:
         """What pyfuse3 is to be given as mountpoint."""
         return f"/dev/fd/{self._theirs.fileno()}"
+
+    def held_s(self, nodeid: int) -> float:
+        """For how long the oldest LOOKUP or listing of a folder has waited, with the kernel's lock of that folder.
+
+        Callable from any thread.
+        """
+        asked = (p.since for p in list(self._pending.values()) if p.nodeid == nodeid and p.opcode in _OF_NAMES)
+        return time.monotonic() - min(asked, default=time.monotonic())
+
+    def abandon(self) -> None:
+        """Answer EIO to whoever waits: for an end after which nobody answers any more.
+
+        A thread of ours may wait in the kernel for a lock that one of them holds, and could not end before.
+        """
+        for unique, pending in list(self._pending.items()):
+            if self._settle(unique):
+                self._give_back(pending)
+                self._reply_error(unique, errno.EIO)
 
     async def run(self, may_read: Callable[[], Awaitable[Sequence[int]]]) -> None:
         """Carry messages until the filesystem is unmounted, or `retire`.
@@ -436,7 +457,8 @@ class Channel:
                 ("<I", wire.INIT_FLAGS2_AT),
             )
         )
-        flags |= wire.FUSE_INIT_EXT | wire.FUSE_MAX_PAGES
+        # Without parallel operations one LOOKUP that waits keeps every other out of its folder.
+        flags |= wire.FUSE_INIT_EXT | wire.FUSE_MAX_PAGES | wire.FUSE_PARALLEL_DIROPS
         background = max(background, self._config.max_background)
         struct.pack_into("<I", buffer, at + wire.INIT_FLAGS_AT, flags)
         struct.pack_into("<HH", buffer, at + wire.INIT_MAX_BACKGROUND_AT, background, background * 3 // 4)

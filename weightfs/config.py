@@ -22,6 +22,7 @@ _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
     "deadline_s": (int, float),
     "attribute_timeout_s": (int, float),
 }
+WATCH: Final = ("auto", "off")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
 
@@ -39,7 +40,9 @@ class MountConfig:
         control_group: whose members may use the control socket; None is nobody but the mount's owner.
         log_level: one of `LOG_LEVELS`.
         deadline_s: a request not answered by then fails with EIO.
-        attribute_timeout_s: how long the kernel may believe a name or size without asking; changes show up after it.
+        attribute_timeout_s: how long the kernel may believe a name or size of a folder that is not watched without
+            asking; changes show up after it.
+        watch: `auto` watches folders for changes where that works, so that the kernel may believe names for longer.
     """
 
     source: str
@@ -52,10 +55,13 @@ class MountConfig:
     log_level: str = "info"
     deadline_s: float = 30.0
     attribute_timeout_s: float = 1.0
+    watch: str = "auto"
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise UsageError(f"engine {self.engine!r} is none of {', '.join(ENGINES)}")
+        if self.watch not in WATCH:
+            raise UsageError(f"watch {self.watch!r} is none of {', '.join(WATCH)}")
         if self.log_level not in LOG_LEVELS:
             raise UsageError(f"log level {self.log_level!r} is none of {', '.join(LOG_LEVELS)}")
         if self.mountpoint != self.source and self.mountpoint.startswith(self.source.rstrip("/") + "/"):

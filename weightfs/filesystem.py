@@ -27,6 +27,7 @@ from typing import Final, ParamSpec, TypeVar
 import msgspec
 import trio
 
+from weightfs.beliefs import Beliefs
 from weightfs.errors import (
     DeadlineError,
     ForbiddenError,
@@ -44,11 +45,14 @@ from weightfs.handles import HandleTable, Readable
 from weightfs.index.schema import ROOT_INODE, Kind
 from weightfs.index.store import IndexStore
 from weightfs.library import Library, ParsedFile, ViewSet
+from weightfs.notifier import Notifier
 from weightfs.readables import Extent, LiveText, WholeFile
 from weightfs.rights import ACCESS_LIST, Rights, rights_of
-from weightfs.source.base import Source, SourceStat, WouldBlockError
+from weightfs.source.base import Sight, Source, SourceStat, WouldBlockError
+from weightfs.source.local import LocalSource
 from weightfs.tree import Node, Tree
 from weightfs.walk import ListAhead, Rows
+from weightfs.watch import Batch, Watcher
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +76,11 @@ T = TypeVar("T")
 
 
 class Attributes(msgspec.Struct, frozen=True):
-    """One inode as stat(2) shows it; times in nanoseconds since 1970, `blocks` in units of 512 bytes."""
+    """One inode as stat(2) shows it; times in nanoseconds since 1970, `blocks` in units of 512 bytes.
+
+    Attributes:
+        name_s, own_s: for how long its name, and the rest, may be believed without asking; None is as configured.
+    """
 
     inode: int
     mode: int
@@ -86,6 +94,8 @@ class Attributes(msgspec.Struct, frozen=True):
     atime_ns: int
     mtime_ns: int
     ctime_ns: int
+    name_s: float | None = None
+    own_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +160,52 @@ class Filesystem:
         self._walk = ListAhead(source)
         self._listings: OrderedDict[int, list[DirectoryEntry]] = OrderedDict()
         self._cached_identity: OrderedDict[int, bytes] = OrderedDict()
+        self._sights: dict[int, Sight] = {}  # of the listings
+        self._index = index
+        self._beliefs: Beliefs | None = None
         self.opens = 0
+
+    # Changes
+
+    def watch(self, source: LocalSource, watcher: Watcher, notifier: Notifier, *, short_s: float) -> Beliefs:
+        """From now on let the kernel believe what is watched; `source` is the filesystem's own."""
+        self._beliefs = Beliefs(source, self._tree, self._index, watcher, notifier, short_s=short_s)
+        self._walk.lister = self._beliefs.list_folder
+        return self._beliefs
+
+    def source_changed(self, batch: Batch) -> None:
+        """Work on what a watcher tells."""
+        assert self._beliefs is not None
+        touched = self._beliefs.apply(batch)
+        paths = set[bytes]()
+        for folder, names in touched.items():
+            self._walk.drop(folder)
+            self.library.forget_recent(folder)
+            paths.update(os.path.join(folder, name) for name in names)
+        for inode in self._handles:
+            if self._source_node(inode) is None and (found := self.library.view(inode)) and found[0].path in paths:
+                self._beliefs.view_changed(inode)
+
+    async def _examine(self, folder: Node, name: bytes) -> tuple[SourceStat, Sight | None]:
+        """An entry of a source folder, empty name: the folder itself.
+
+        Raises:
+            StaleError: another folder has taken its place.
+        """
+        path = self._tree.path(folder)
+        if self._beliefs is None:
+            return await self._lstat(os.path.join(path, name) if name else path), None
+        sight = await self._ask(self._beliefs.examine, path, name)
+        if sight.folder not in (None, folder.key):
+            raise StaleError("its folder is another one now", path=os.fsdecode(path))
+        return sight.entry, sight
+
+    def _believed(self, sight: Sight | None, folder: Node, node: Node, name: bytes, found: Attributes) -> Attributes:
+        """Attributes as they are to be answered; nothing may be waited for between this and the answer."""
+        if self._beliefs is None or sight is None:
+            return found
+        name_s, own_s = self._beliefs.timeouts(sight, folder, name, node, found)
+        return msgspec.structs.replace(found, name_s=name_s, own_s=own_s)
 
     # Names
 
@@ -180,7 +235,7 @@ class Filesystem:
     async def _lookup_source(self, folder: Node, name: bytes) -> Attributes:
         path = os.path.join(self._tree.path(folder), name)
         try:
-            entry = await self._lstat(path)
+            entry, sight = await self._examine(folder, name)
         except FileNotFoundError:
             node = self._virtual(folder, name)
             if node is None:
@@ -189,7 +244,8 @@ class Filesystem:
             return await self._folder_attributes(node)
         node = self._tree.see(Kind.SOURCE, folder.inode, name, entry.inode_key)
         self._tree.count_lookup(node)
-        return await self._source_attributes(node.inode, path, entry)
+        found = await self._source_attributes(node.inode, path, entry)
+        return self._believed(sight, folder, node, name, found)
 
     def _virtual(self, folder: Node, name: bytes) -> Node | None:
         if name in (TENSORS, NPY):
@@ -214,7 +270,9 @@ class Filesystem:
 
     def forget(self, inode: int, lookups: int) -> None:
         """The kernel gives back that many look-ups of a number."""
-        self._tree.forget(inode, lookups)
+        dropped = self._tree.forget(inode, lookups)
+        if dropped is not None and self._beliefs is not None:
+            self._beliefs.forgotten(dropped)
 
     def drop(self, inodes: Iterable[int]) -> None:
         """Forget numbers that the index has dropped: their names are gone."""
@@ -238,16 +296,22 @@ class Filesystem:
         if node.kind is not Kind.SOURCE:
             return await self._folder_attributes(node)
         path = self._tree.path(node)
+        # The root has no folder above it here: it is examined by itself.
+        folder, name = (node, b"") if inode == ROOT_INODE else (self._node(node.parent), node.name)
+        sight = None
         try:
-            entry = await self._lstat(path)
+            entry, sight = await self._examine(folder, name)
         except (FileNotFoundError, StaleError):
             entry = None
         if entry is None or (entry.inode_key != node.key and inode != ROOT_INODE):
             # Its name is gone or means another file now; whoever has it open still may ask.
-            entry = self._open_stat(inode)
+            entry, sight = self._open_stat(inode), None
         if entry is None:
             raise StaleError("its name is gone", path=os.fsdecode(path))
-        return await self._source_attributes(inode, path, entry)
+        found = await self._source_attributes(inode, path, entry)
+        if sight is not None and inode == ROOT_INODE and self._beliefs is not None:
+            return msgspec.structs.replace(found, own_s=self._beliefs.own_timeout(sight, node))
+        return self._believed(sight, folder, node, name, found)
 
     def _open_stat(self, inode: int) -> SourceStat | None:
         opened = self._handles.get(inode)
@@ -381,9 +445,22 @@ class Filesystem:
             self._listings.move_to_end(inode)
             rows = sum(map(len, self._listings.values()))
             while len(self._listings) > 1 and (len(self._listings) > _MAX_LISTINGS or rows > _MAX_ROWS):
-                rows -= len(self._listings.popitem(last=False)[1])
+                oldest, gone = self._listings.popitem(last=False)
+                self._sights.pop(oldest, None)
+                rows -= len(gone)
         entries = self._listings[inode]
-        return itertools.islice(entries, bisect.bisect_right(entries, after, key=_cookie_of), None)
+        rest = itertools.islice(entries, bisect.bisect_right(entries, after, key=_cookie_of), None)
+        sight = self._sights.get(inode)
+        return rest if sight is None else (self._believed_entry(sight, node, entry) for entry in rest)
+
+    def _believed_entry(self, sight: Sight, folder: Node, entry: DirectoryEntry) -> DirectoryEntry:
+        """As `_believed`; when a listing goes on, that may be long after it was made."""
+        node = self._source_node(entry.attributes.inode)
+        if node is None:
+            return entry
+        return msgspec.structs.replace(
+            entry, attributes=self._believed(sight, folder, node, entry.name, entry.attributes)
+        )
 
     def listing_end(self, inode: int) -> int | None:
         """The cookie of the last entry of a folder's listing, if that is at hand and not empty."""
@@ -399,7 +476,9 @@ class Filesystem:
         rows: list[tuple[bytes, Attributes]] = []
         if node.kind is Kind.SOURCE:
             folder = self._tree.path(node)
-            found = await self._source_rows(node, folder)
+            found, sight = await self._source_rows(node, folder)
+            if sight is not None:
+                self._sights[node.inode] = sight
             children = self._tree.see_all(node.inode, [(name, entry.inode_key) for name, entry in found])
             for child, (name, entry) in zip(children, found, strict=True):
                 path = os.path.join(folder, name) if entry.is_symlink else b""
@@ -421,14 +500,16 @@ class Filesystem:
         entries = [DirectoryEntry(name, attributes, _cookie(name)) for name, attributes in rows]
         return sorted(entries, key=_cookie_of)
 
-    async def _source_rows(self, node: Node, folder: bytes) -> Rows:
-        ready = self._walk.take(folder, (await self._lstat(folder)).identity)
-        if ready is not None:
-            return ready
-        ahead = self._walk.plan(folder, self._following(node))
-        rows, ready_later = await self._wait(self._walk.read, folder, ahead)
-        self._walk.keep(ready_later)
-        return rows
+    async def _source_rows(self, node: Node, folder: bytes) -> tuple[Rows, Sight | None]:
+        listed = self._walk.take(folder, (await self._lstat(folder)).identity)
+        if listed is None:
+            ahead = self._walk.plan(folder, self._following(node))
+            fresh, ready_later = await self._wait(self._walk.read, folder, ahead)
+            self._walk.keep(ready_later)
+            listed = fresh
+        if listed.sight is not None and listed.sight.folder not in (None, node.key):
+            raise StaleError("another folder is there now", path=os.fsdecode(folder))
+        return listed.rows, listed.sight
 
     def _following(self, node: Node) -> list[bytes]:
         """The folders behind this one in its parent's listing, if that is at hand."""
@@ -485,6 +566,9 @@ class Filesystem:
         if entry.inode_key != node.key:
             os.close(fd)
             raise StaleError("its name means another file now", path=os.fsdecode(path))
+        if self._beliefs is not None and not self._beliefs.is_believed(inode, entry):
+            os.close(fd)
+            raise StaleError("it has changed unseen", path=os.fsdecode(path))
         promise = entry.size, entry.mtime_ns
         self._serve(inode, fd, lambda: (WholeFile(self._source, path, fd, promise), fd))
         return Opened(keep_cache=self._is_cached(inode, entry.identity))
@@ -625,11 +709,15 @@ class Filesystem:
         return await self._wait(self.library.view_set, folder, text)
 
     async def _lstat(self, path: bytes) -> SourceStat:
+        return await self._ask(self._source.lstat, path)
+
+    async def _ask(self, ask: Callable[..., T], path: bytes, *more: bytes) -> T:
+        """Call with `cached_only`, and where that would wait without it in a thread."""
         try:
             try:
-                return self._source.lstat(path, cached_only=True)
+                return ask(path, *more, cached_only=True)
             except WouldBlockError:
-                return await self._wait(self._source.lstat, path)
+                return await self._wait(ask, path, *more)
         except NotADirectoryError:  # a folder above has become a file
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
         except OSError as e:

@@ -98,7 +98,8 @@ class FuseOperations(pyfuse3.Operations):
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = pyfuse3.InodeT(attributes.inode)
         entry.generation = 0
-        entry.entry_timeout = entry.attr_timeout = self._timeout_s
+        entry.entry_timeout = self._timeout_s if attributes.name_s is None else attributes.name_s
+        entry.attr_timeout = self._timeout_s if attributes.own_s is None else attributes.own_s
         entry.st_mode = pyfuse3.ModeT(attributes.mode)
         entry.st_nlink = attributes.nlink
         entry.st_uid = attributes.uid

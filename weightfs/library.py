@@ -277,6 +277,12 @@ class Library:
             expires, found = self._recent.get((folder, name), (0.0, None))
         return found if time.monotonic() < expires else None
 
+    def forget_recent(self, folder: bytes) -> None:
+        """A folder has changed: the next look-up of a set in it examines the files."""
+        with self._lock:
+            for key in [key for key in self._recent if key[0] == folder]:
+                del self._recent[key]
+
     def _merge(
         self,
         name: str,

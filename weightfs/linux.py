@@ -26,6 +26,22 @@ RESOLVE_BENEATH: Final = 0x08
 RESOLVE_CACHED: Final = 0x20
 """Answer from the kernel's name cache or fail with EAGAIN: never waits for a device (Linux 5.12)."""
 
+IN_MODIFY: Final = 0x2
+IN_ATTRIB: Final = 0x4
+IN_CLOSE_WRITE: Final = 0x8
+IN_MOVED_FROM: Final = 0x40
+IN_MOVED_TO: Final = 0x80
+IN_CREATE: Final = 0x100
+IN_DELETE: Final = 0x200
+IN_DELETE_SELF: Final = 0x400
+IN_MOVE_SELF: Final = 0x800
+IN_Q_OVERFLOW: Final = 0x4000
+IN_IGNORED: Final = 0x8000
+IN_ONLYDIR: Final = 0x1000000
+IN_EXCL_UNLINK: Final = 0x4000000
+INOTIFY_EVENT: Final = struct.Struct("<iIII")
+"""wd, mask, cookie, length of the name behind it, which is padded with NUL."""
+
 CAP_IPC_LOCK: Final = 14
 CAP_SYS_ADMIN: Final = 21
 CAP_SYS_RESOURCE: Final = 24
@@ -46,6 +62,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p]
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+_libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32]
 _openat2 = ctypes.CDLL(None, use_errno=True).syscall
 _openat2.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
 _openat2.restype = ctypes.c_long
@@ -174,3 +191,25 @@ def avoid_oom() -> int:
             return score
         return OOM_SCORE
     return score
+
+
+def inotify() -> int:
+    """inotify_init1(2), non-blocking; the caller owns the descriptor."""
+    fd: int = _libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+    if fd < 0:
+        raise _failed()
+    return fd
+
+
+def inotify_add(inotify_fd: int, fd: int, mask: int) -> int:
+    """Watch the inode behind `fd`, which may be an O_PATH descriptor; gives the watch's number."""
+    wd: int = _libc.inotify_add_watch(inotify_fd, b"/proc/self/fd/%d" % fd, mask)
+    if wd < 0:
+        raise _failed()
+    return wd
+
+
+def inotify_remove(inotify_fd: int, wd: int) -> None:
+    """End a watch; EINVAL when it has ended by itself."""
+    if _libc.inotify_rm_watch(inotify_fd, wd):
+        raise _failed()

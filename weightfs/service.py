@@ -8,6 +8,7 @@ is gone, or the supervisor is: then it takes the mount away with it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import logging
@@ -23,6 +24,7 @@ import pyfuse3
 import trio
 
 from weightfs import control_server, metrics, mounts
+from weightfs.beliefs import Beliefs, resynchronise
 from weightfs.channel import Channel, ChannelConfig
 from weightfs.config import MountConfig, listen_address
 from weightfs.control import Peer
@@ -35,7 +37,9 @@ from weightfs.indexing import Indexer
 from weightfs.keeping import SupervisedKeeper, adopt
 from weightfs.ledger import Ledger
 from weightfs.link import Link
+from weightfs.notifier import Notifier
 from weightfs.source.local import LocalSource
+from weightfs.watch import Watcher
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +87,10 @@ class Service:
         self._goes = trio.Event()
         self._serves = trio.Event()
         self._retires = False
+        self._notifier: Notifier | None = None
+        self._watcher: Watcher | None = None
+        self._beliefs: Beliefs | None = None
+        self._unwatched = "asked for"
         self._channel = Channel(
             kernel_fd,
             self._handles,
@@ -124,6 +132,7 @@ class Service:
                     self._hand_over()
                 nursery.cancel_scope.cancel()
         finally:
+            self._stop_watching()
             pyfuse3.close(unmount=False)
             channel.close()
             self._handles.close()
@@ -155,10 +164,33 @@ class Service:
         self._indexer = Indexer(
             self._source, self._index, self._handles, self._filesystem, lambda: self._channel.requests.total()
         )
+        self._start_watching()
         orphans = adopt(self._handles, self._ledger, self._keeper, self._held)
         self._held = {}
         self._serves.set()
         return orphans
+
+    def _start_watching(self) -> None:
+        self._notifier = notifier = Notifier(self._kernel_fd, self._channel.held_s)
+        if self.config.watch == "off":
+            return
+        try:
+            self._watcher = Watcher(self.config.source)
+        except OSError as e:
+            self._unwatched = f"no inotify: {os.strerror(e.errno or 0)}"
+            log.warning("changes show after %g s: %s", self.config.attribute_timeout_s, self._unwatched)
+            return
+        self._beliefs = self._serving().watch(
+            self._source, self._watcher, notifier, short_s=self.config.attribute_timeout_s
+        )
+        self._watcher.start(self._serving().source_changed, trio.lowlevel.current_trio_token())
+
+    def _stop_watching(self) -> None:
+        if self._watcher is not None:
+            self._watcher.close()
+        if self._notifier is not None and not self._notifier.close():
+            # It waits for a folder's lock, which someone holds who waits for us.
+            self._channel.abandon()
 
     async def _announce(self, nursery: trio.Nursery) -> None:
         await self._serves.wait()
@@ -168,6 +200,11 @@ class Service:
             raise UnfitError(
                 f"passthrough does not work here: {self._engine()[1]}", mend="--engine portable, or see weightfs doctor"
             )
+        if self._took_over:
+            assert self._index is not None
+            assert self._notifier is not None
+            told = functools.partial(resynchronise, self._index, self._notifier)
+            nursery.start_soon(functools.partial(trio.to_thread.run_sync, told, abandon_on_cancel=True))
         self._link.say({"serving": self.mount_document(), "resends": self._channel.resends})
         if (here := mounts.find(self.config.mountpoint)) is not None:
             # Not through the mount: the kernel may be asking us something at this very moment.
@@ -303,6 +340,7 @@ class Service:
                 for fault in library.current_faults()
             ],
             "indexing": self._indexer.status() if self._indexer is not None else None,
+            "watch": self._beliefs.status() if self._beliefs else {"state": "off", "reason": self._unwatched},
             "index": {"epoch": index.epoch, "set_aside": index.set_aside},
             "resident_bytes": None,
             "prefetch": None,

@@ -120,19 +120,32 @@ class Tree:
             node = self.node(node.parent)
         return b"/".join(reversed(names))
 
+    def path_if_known(self, inode: int) -> bytes | None:
+        """`path` of a number, None where there is none."""
+        try:
+            return self.path(self.node(inode))
+        except StaleError:
+            return None
+
+    def number_if_known(self, key: bytes) -> int | None:
+        """The number of an inode key whose node is in memory."""
+        return self._numbers.get(key)
+
     def count_lookup(self, node: Node) -> None:
         """The kernel was given this node once more."""
         node.lookups += 1
 
-    def forget(self, inode: int, lookups: int) -> None:
-        """The kernel takes back that many of its look-ups."""
+    def forget(self, inode: int, lookups: int) -> Node | None:
+        """The kernel takes back that many of its look-ups; gives the node if these were the last."""
         node = self._nodes.get(inode)
         if node is None or node is self._root:
-            return
+            return None
         node.lookups -= lookups
-        if node.lookups <= 0:
-            del self._nodes[inode]
-            self._numbers.pop(node.key, None)
+        if node.lookups > 0:
+            return None
+        del self._nodes[inode]
+        self._numbers.pop(node.key, None)
+        return node
 
     def drop(self, inodes: Iterable[int]) -> None:
         """Forget nodes that the index has dropped."""

@@ -43,6 +43,15 @@ OUT_HEADER: Final = struct.Struct("<IiQ")
 """length, error (0 or a negative errno), unique. `unique` 0 marks a notification."""
 OUT_HEADER_BYTES: Final = 16
 
+NOTIFY_INVAL_INODE: Final = 2
+NOTIFY_INVAL_ENTRY: Final = 3
+NOTIFY_INC_EPOCH: Final = 8  # Linux 6.16
+INVAL_INODE_OUT: Final = struct.Struct("<Qqq")
+"""inode, offset (negative: attributes only), length (0: to the end)."""
+INVAL_ENTRY_OUT: Final = struct.Struct("<QII")
+"""folder, length of the name, flags; the name and a NUL follow."""
+FUSE_EXPIRE_ONLY: Final = 1 << 0  # Linux 6.2
+
 READ_IN: Final = struct.Struct("<QQI")
 """fh, offset, size: also READDIR's and READDIRPLUS's, and RELEASE's fh."""
 READ_SIZE_AT: Final = IN_HEADER_BYTES + 16
@@ -62,6 +71,7 @@ INIT_FLAGS2_AT: Final = 32
 INIT_STACK_DEPTH_AT: Final = 36
 INIT_IN_FLAGS_AT: Final = IN_HEADER_BYTES + 12
 INIT_IN_FLAGS2_AT: Final = IN_HEADER_BYTES + 16
+FUSE_PARALLEL_DIROPS: Final = 1 << 18
 FUSE_MAX_PAGES: Final = 1 << 22
 FUSE_INIT_EXT: Final = 1 << 30
 FUSE2_PASSTHROUGH: Final = 1 << 5  # bit 37

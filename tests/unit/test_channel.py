@@ -88,7 +88,7 @@ def test_init_is_negotiated(passthrough: bool, offered: bool) -> None:
                 INIT_OUT.unpack(reply.body)
             )
             assert (major, minor, readahead, gran, align) == (7, 31, 131072, 1, 0), "left as they were"
-            assert flags == 0x8 | wire.FUSE_INIT_EXT | wire.FUSE_MAX_PAGES
+            assert flags == 0x8 | wire.FUSE_INIT_EXT | wire.FUSE_MAX_PAGES | wire.FUSE_PARALLEL_DIROPS
             negotiated = wire.FUSE2_HAS_RESEND | wire.FUSE2_ALLOW_IDMAP
             negotiated |= wire.FUSE2_PASSTHROUGH if passthrough else 0
             assert flags2 == 0x1000 | (negotiated if offered else 0)

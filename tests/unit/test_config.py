@@ -41,6 +41,7 @@ def test_what_is_set_wins() -> None:
         ({"engine": "fast"}, "fast"),
         ({"engine": ""}, "auto, passthrough, portable"),
         ({"log_level": "loud"}, "loud"),
+        ({"watch": "on"}, "auto, off"),
         ({"deadline_s": -1}, "deadline_s"),
         ({"attribute_timeout_s": -0.1}, "attribute_timeout_s"),
         ({"deadline_s": math.nan}, "deadline_s"),

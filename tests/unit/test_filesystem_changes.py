@@ -141,6 +141,17 @@ def test_whoever_has_it_open_may_still_ask_and_read(
     assert read(fs, found.inode) == b"old"
 
 
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_symlink_that_is_none_any_more_is_stale(fs: Filesystem, root: str, replaced: bool) -> None:
+    os.symlink("readme", f"{root}/link")
+    inode = find(fs, "link").inode
+    os.unlink(f"{root}/link")
+    if replaced:
+        write(f"{root}/link", b"a file now")
+    with pytest.raises(StaleError):
+        run(fs.readlink, inode)
+
+
 def test_a_replaced_file_is_a_new_inode_beside_the_open_one(fs: Filesystem, root: str) -> None:
     old = find(fs, "readme")
     opened(fs, old.inode)

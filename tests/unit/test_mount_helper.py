@@ -20,7 +20,7 @@ from weightfs.errors import BusyError, UsageError
         (["-o", "ro,nosuid,nodev,_netdev,nofail,x-systemd.automount,comment=mine"], {}),
         (["-s", "-n", "-v", "-f", "-t", "weightfs"], {}),
         (["-o", "engine=portable,state-dir=/s"], {"engine": "portable", "state_dir": "/s"}),
-        (["-o", "log_level=debug"], {"log_level": "debug"}),
+        (["-o", "log_level=debug,watch=off"], {"log_level": "debug", "watch": "off"}),
         (["-o", "control-group=ml"], {"control_group": "ml"}),
         (["-o", "deadline-s=2.5,attribute_timeout_s=0"], {"deadline_s": 2.5, "attribute_timeout_s": 0.0}),
         (["-o", "allow_other"], {"allow_other": True}),

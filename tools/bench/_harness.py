@@ -146,7 +146,9 @@ class Mount:
 
 
 @contextlib.contextmanager
-def mounted(source: str, place: str, *, engine: str = "auto", state: str = "state") -> Iterator[Mount]:
+def mounted(
+    source: str, place: str, *, engine: str = "auto", state: str = "state", watch: str = "auto"
+) -> Iterator[Mount]:
     """Mount `source` in `place` by the command line, and unmount it whatever happens.
 
     `state` names the folder for the index: a name used before is an index that knows the source.
@@ -160,7 +162,8 @@ def mounted(source: str, place: str, *, engine: str = "auto", state: str = "stat
     state_folder = os.path.join(place, state)
     started = time.perf_counter()
     try:
-        document = _command("mount", source, point, "--engine", engine, "--state-dir", state_folder, "--json")
+        settings = ["--engine", engine, "--state-dir", state_folder, "--watch", watch]
+        document = _command("mount", source, point, *settings, "--json")
         yield Mount(source, point, document, time.perf_counter() - started)
     finally:
         unmount(point, [WEIGHTFS, "umount", point], [WEIGHTFS, "umount", "--lazy", point])

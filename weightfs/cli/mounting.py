@@ -41,6 +41,7 @@ def mount(
     state_dir: Annotated[str | None, typer.Option(help="Folder for index and log.")] = None,
     metrics_listen: Annotated[str | None, typer.Option(help="HOST:PORT for Prometheus.")] = None,
     control_group: Annotated[str | None, typer.Option(help="Group that may use the control socket.")] = None,
+    watch: Annotated[str | None, typer.Option(help="Watch folders for changes: auto or off.")] = None,
     config: Annotated[str | None, typer.Option(help="TOML file with the same names.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     as_json: Json = False,
@@ -57,6 +58,7 @@ def mount(
             "metrics_listen": metrics_listen,
             "control_group": control_group,
             "log_level": log_level,
+            "watch": watch,
         }
         settings = mount_config(source, mountpoint, config, options)
         if replace and (running := _running(settings)):
@@ -253,6 +255,7 @@ def _show(said: dict[str, Any]) -> None:
         f"  indexing   {printable(state)}: {indexing['files']} files in {indexing['folders']} folders, "
         f"{indexing['headers']} headers read in {indexing['seconds']:.1f} s"
     )
+    _show_watch(said["watch"])
     for why, count in said["passthrough_refused"].items():
         say(f"  refused    passthrough for {count} opens: {why}")
     for path in said["changed_in_place"]:
@@ -261,3 +264,12 @@ def _show(said: dict[str, Any]) -> None:
         say(f"  fault      {printable(fault['path'])}: {printable(fault['message'])} (at byte {fault['offset']})")
     if said["index"]["set_aside"]:
         say(f"  index      {said['index']['set_aside'][0]} was unusable: {said['index']['set_aside'][1]}")
+
+
+def _show_watch(watch: dict[str, Any]) -> None:
+    if watch["state"] == "off":
+        say(f"  watch      off ({watch['reason']}): changes show after a moment")
+        return
+    say(f"  watch      {watch['folders']} folders, {watch['batches']} batches of changes")
+    for why, count in watch["unwatched"].items():
+        say(f"  unwatched  {count} folders: {why}")

@@ -436,6 +436,29 @@ class IndexStore:
         """How to find an inode; None for a number this index never gave out."""
         return self._record(b"entries", inode.to_bytes(8, "big"), EntryRecord)
 
+    def is_committed(self, inode: int) -> bool:
+        """Whether what was put last of an entry is on file: a successor of a killed process will find it."""
+        return (b"entries", inode.to_bytes(8, "big")) not in self._overlay
+
+    def entries(self) -> Iterator[tuple[int, EntryRecord]]:
+        """All entries, a group a transaction; what is put meanwhile may be left out."""
+        after = b""
+        while True:
+
+            def read(txn: lmdb.Transaction, after: bytes = after) -> list[tuple[bytes, bytes]]:
+                with txn.cursor(db=self._rooms[b"entries"]) as cursor:
+                    if not cursor.set_range(after):
+                        return []
+                    group = itertools.islice(cursor, _GROUP)
+                    return [(bytes(key), _unseal(b"entries", bytes(key), bytes(sealed))) for key, sealed in group]
+
+            found = self._reading(read)
+            if not found:
+                return
+            for key, value in found:
+                yield int.from_bytes(key, "big"), msgspec.msgpack.decode(value, type=EntryRecord)
+            after = found[-1][0] + b"\0"
+
     def put_entry(self, inode: int, entry: EntryRecord) -> None:
         """Remember where an inode was last seen."""
         self._put(b"entries", inode.to_bytes(8, "big"), msgspec.msgpack.encode(entry))

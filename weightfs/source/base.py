@@ -68,6 +68,20 @@ class SourceStat(msgspec.Struct, frozen=True):
         return stat.S_ISLNK(self.mode)
 
 
+class Sight(msgspec.Struct, frozen=True):
+    """An entry of a folder, examined, and what says later whether it may still be believed: see `weightfs.beliefs`.
+
+    Attributes:
+        token: number of the last batch of changes before the examination.
+        folder: key of the folder that was examined; None where that is not watched.
+        entry: what was found.
+    """
+
+    token: int
+    folder: bytes | None
+    entry: SourceStat
+
+
 class WouldBlockError(Exception):
     """`cached_only` was asked for, and no cache holds the answer: ask again where waiting is allowed."""
 

@@ -37,6 +37,11 @@ def _filesystem_type(fd: int) -> int:
     return int(struct.unpack_from("<q", buffer)[0])
 
 
+def tells_of_changes(fd: int) -> bool:
+    """Whether whatever changes the folder behind a descriptor goes through this machine's kernel, which can tell."""
+    return _filesystem_type(fd) in _NEVER_WAITS
+
+
 class LocalSource:
     """A folder. Thread-safe; owns one descriptor until `close`."""
 
@@ -122,6 +127,26 @@ class LocalSource:
         finally:
             os.close(fd)
 
+    def folder(self, path: bytes, *, listing: bool = False, cached_only: bool = False) -> int:
+        """A descriptor of a directory, for `child` and, with `listing`, for `os.listdir`; the caller owns it.
+
+        Raises:
+            WouldBlockError: see `Source`.
+        """
+        return self._resolve(path, (os.O_RDONLY if listing else os.O_PATH) | os.O_DIRECTORY, cached_only)
+
+    def child(self, folder_fd: int, name: bytes, *, cached_only: bool = False) -> int:
+        """An O_PATH descriptor of an entry of an open folder, a symlink not followed; the caller owns it.
+
+        Raises:
+            WouldBlockError: see `Source`.
+        """
+        return self._openat(folder_fd, name, _PATH_ONLY, cached_only)
+
+    def stat_at(self, folder_fd: int, name: bytes) -> SourceStat:
+        """An entry of an open folder. One component: nothing to resolve, nothing to escape through."""
+        return self._stat(folder_fd, name)
+
     def fstat(self, fd: int) -> SourceStat:
         """See `Source`."""
         return self._stat(fd, b"")
@@ -205,12 +230,15 @@ class LocalSource:
             raise WouldBlockError from None
 
     def _resolve(self, path: bytes, flags: int, cached_only: bool) -> int:
+        return self._openat(self._root, path or b".", flags, cached_only)
+
+    def _openat(self, folder_fd: int, path: bytes, flags: int, cached_only: bool) -> int:
         if not cached_only:
-            return linux.openat2(self._root, path or b".", flags, _BENEATH)
+            return linux.openat2(folder_fd, path, flags, _BENEATH)
         if not self._cached_is_immediate:
             raise WouldBlockError
         try:
-            return linux.openat2(self._root, path or b".", flags, _BENEATH | linux.RESOLVE_CACHED)
+            return linux.openat2(folder_fd, path, flags, _BENEATH | linux.RESOLVE_CACHED)
         except OSError as e:
             if e.errno == errno.EAGAIN:
                 raise WouldBlockError from None
