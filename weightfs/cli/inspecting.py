@@ -7,14 +7,10 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from weightfs import model
 from weightfs.cli.mounting import Json, end, start
 from weightfs.cli.output import emit, human_bytes, printable, reporting, say
-from weightfs.doctor import examine
 from weightfs.errors import IntegrityError, UnfitError, WeightfsError
 from weightfs.formats.layout import TensorExtent, WeightLayout
 
@@ -55,6 +51,11 @@ def _row(tensor: TensorExtent) -> dict[str, Any]:
 
 
 def _print_layout(name: str, layout: WeightLayout) -> None:
+    # Here, as in `doctor`: each command loads this module, and `mount` is not to wait for what it does not use.
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading, side in (("tensor", "left"), ("dtype", "left"), ("shape", "left"), ("bytes", "right"),
                           ("layer", "right"), ("file", "left"), ("offset", "right")):  # fmt: skip
@@ -112,6 +113,8 @@ def doctor(
     with reporting(as_json=as_json):
         if not os.path.exists(path):
             raise WeightfsError("does not exist", path=path)
+        from weightfs.doctor import examine
+
         checks = examine(path, start, end)
         can_serve = not any(check.needed and check.state == "missing" for check in checks)
         if as_json:
