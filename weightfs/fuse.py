@@ -43,6 +43,8 @@ ERRNOS: Final[dict[type[errors.WeightfsError], int]] = {
 """The one errno table. A subclass without a row of its own has its parent's."""
 
 _STATVFS: Final = tuple(f"f_{x}" for x in ("bsize", "frsize", "blocks", "bfree", "bavail", "files", "ffree", "favail"))
+_FOR_ROOT: Final = b"trusted."
+"""Attributes that the kernel gives to CAP_SYS_ADMIN alone (xattr(7))."""
 _EXPECTED: Final = (errors.EntryError, OSError)
 
 
@@ -164,8 +166,11 @@ class FuseOperations(pyfuse3.Operations):
 
     @_answered
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
-        """LISTXATTR."""
-        return await self._filesystem.listxattr(inode)
+        """LISTXATTR, without what is for root alone: the kernel guards values by their names, and lists to everyone.
+
+        Who asks is not known where mounts can be idmapped (the kernel then sends no owner along).
+        """
+        return [name for name in await self._filesystem.listxattr(inode) if not name.startswith(_FOR_ROOT)]
 
     async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
         """Never asked: the kernel checks modes itself (`default_permissions`)."""

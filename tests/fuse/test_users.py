@@ -44,9 +44,10 @@ def look(path):
         "list": answer(lambda: sorted(os.listdir(path))),
         "link": answer(os.readlink, path),
         "tag": answer(lambda: os.getxattr(path, "user.tag").decode()),
+        "trusted tag": answer(lambda: os.getxattr(path, "trusted.tag").decode()),
         "access list": answer(lambda: os.getxattr(path, "system.posix_acl_access").hex()),
         "default list": answer(lambda: os.getxattr(path, "system.posix_acl_default").hex()),
-        "attribute names": answer(lambda: sorted(os.listxattr(path))),
+        "attribute names": answer(lambda: [name for name in sorted(os.listxattr(path)) if name != "trusted.tag"]),
         "may read": os.access(path, os.R_OK),
         "may run": os.access(path, os.X_OK),
     }
@@ -108,6 +109,7 @@ def mount(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     for mode in FILE_MODES:
         path = belongs(write(f"{root}/file-{mode:04o}", b"content"))
         os.setxattr(path, "user.tag", b"tag")
+        os.setxattr(path, "trusted.tag", b"for CAP_SYS_ADMIN alone")
         os.chmod(path, mode)
         os.symlink(os.path.basename(path), f"{root}/link-to-{mode:04o}")
     for mode in FOLDER_MODES:
@@ -206,6 +208,31 @@ def test_rights_taken_away_are_gone_within_a_second(mount: Mount) -> None:
     os.chmod(path, 0o644)
     wait_until(lambda: len(as_user(STRANGER, mount.mountpoint, code)) == 64, "it is open again", timeout_s=1.5)
     os.unlink(path)
+
+
+@every_user
+def test_names_of_attributes_for_root_are_listed_to_nobody(mount: Mount, user: User) -> None:
+    """The bare folder lists them to root, which may read them here too, by name."""
+    code = "result = [answer(os.listxattr, 'file-0644'), answer(lambda: len(os.getxattr('file-0644', 'trusted.tag')))]"
+    names, value = as_user(user, mount.mountpoint, code)
+    assert names == ["user.tag"]
+    assert value == (len(b"for CAP_SYS_ADMIN alone") if user is ROOT else f"errno {errno.ENODATA}")
+
+
+def test_the_source_folder_itself_counts(mount: Mount) -> None:
+    code = "result = answer(content, 'file-0644')"
+    assert len(as_user(STRANGER, mount.mountpoint, code)) == 64
+    os.chmod(mount.source, 0o700)
+    try:
+        wait_until(lambda: not may_enter(STRANGER, mount.mountpoint), "the mountpoint is shut", timeout_s=1.5)
+        assert may_enter(ROOT, mount.mountpoint)
+    finally:
+        os.chmod(mount.source, 0o755)
+    wait_until(lambda: may_enter(STRANGER, mount.mountpoint), "it is open again", timeout_s=1.5)
+
+
+def may_enter(user: User, folder: str) -> bool:
+    return bool(as_user(user, folder, "result = os.access('.', os.X_OK)"))
 
 
 # Views: who may read a tensor is who may read its file where it lies.

@@ -128,7 +128,7 @@ class Fake:
         return cast(bytes, await self._answer(b"value"))
 
     async def listxattr(self, inode: int) -> list[bytes]:
-        return cast(list[bytes], await self._answer([b"user.x"]))
+        return cast(list[bytes], await self._answer([b"user.x", b"trusted.x"]))
 
     def forget(self, inode: int, lookups: int) -> None:
         self.forgotten.append((inode, lookups))
