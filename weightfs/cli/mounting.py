@@ -243,7 +243,8 @@ def _show(said: dict[str, Any]) -> None:
         f"  weights    {said['models']} files in memory, {said['headers_parsed']} headers parsed, {said['opens']} opens"
     )
     say(f"  bytes      {human_bytes(said['bytes_read'])} through user space; the rest the kernel read by itself")
-    _show_watch(said["watch"])
+    if "watch" in said:  # a daemon of an older version says nothing of it
+        _show_watch(said["watch"])
     for why, count in said["passthrough_refused"].items():
         say(f"  refused    passthrough for {count} opens: {why}")
     for path in said["changed_in_place"]:
