@@ -124,10 +124,11 @@ class Beliefs:
                 raw = os.fsencode(name)
                 try:
                     entry = self._source.stat_at(fd, raw)
-                    if entry.is_directory and key is not None:
+                    if key is not None and entry.is_directory and entry.inode_key not in self._watcher:
                         child = self._source.child(fd, raw)
                         try:
-                            entry = self._stat_watched(child)
+                            self._watch(child, entry)
+                            entry = self._source.fstat(child)
                         finally:
                             os.close(child)
                 except OSError:
@@ -155,30 +156,14 @@ class Beliefs:
         if not can:
             self._watcher.refuse(place, "its filesystem may be changed by others than this machine")
             return None
-        entry = known or self._source.fstat(fd)
+        entry = known if known is not None and known.inode == raw.st_ino else self._source.fstat(fd)
         return entry.inode_key if self._watcher.add(fd, place, entry.inode_key) else None
 
     # Answering
 
-    def timeouts(self, sight: Sight, folder: Node, name: bytes, node: Node, now: _Facts) -> tuple[float, float]:
-        """For how long the kernel may believe a name of a folder just examined, and its attributes. Notes that it does.
-
-        The answer must follow at once: nothing may come between.
-        """
-        short = self._short_s, self._short_s
-        if not self._is_fresh(sight, folder):
-            return short
-        self._folder(folder).names[name] = node.inode
-        if not self._index.is_committed(node.inode):
-            return short  # a successor asks anew for what the index says, so nothing else is told for long
-        is_folder = stat.S_ISDIR(now.mode)
-        if not is_folder and (now.nlink != 1 or self._is_mounted_over(folder, name)):
-            return short
-        if not is_folder:
-            self._told[node.inode] = now.size, now.mtime_ns, now.ctime_ns, time.monotonic()
-            return NAMES_S, FILES_S
-        is_watched = node.key in self._watcher and self._folder(node).changed_at <= sight.token
-        return NAMES_S, NAMES_S if is_watched else self._short_s
+    def answer(self, sight: Sight, folder: Node) -> Answer:
+        """To a request for names of a folder, as they were when it was examined. To be given at once: see `Answer`."""
+        return Answer(self, sight, folder, self._folder(folder) if self._is_fresh(sight, folder) else None)
 
     def own_timeout(self, sight: Sight, node: Node) -> float:
         """For how long a folder's own attributes may be believed that were examined by themselves."""
@@ -323,10 +308,43 @@ class Beliefs:
         }
 
 
+class Answer:
+    """For how long the names of a folder, and what they mean, may be believed; notes what the kernel is told.
+
+    Must be given before anything else runs on the trio thread: the next batch of changes may make it untrue.
+    """
+
+    __slots__ = ("_beliefs", "_folder", "_node", "_now", "_sight")
+
+    def __init__(self, beliefs: Beliefs, sight: Sight, node: Node, folder: _Folder | None) -> None:
+        self._beliefs = beliefs
+        self._sight = sight
+        self._node = node
+        self._folder = folder
+        self._now = time.monotonic()
+
+    def timeouts(self, name: bytes, node: Node, now: _Facts) -> tuple[float, float]:
+        """Of a name that means `node`, whose attributes are `now`: seconds for the name, and for the attributes."""
+        beliefs = self._beliefs
+        short = beliefs._short_s, beliefs._short_s
+        if self._folder is None:
+            return short
+        self._folder.names[name] = node.inode
+        if not beliefs._index.is_committed(node.inode):
+            return short  # a successor asks anew for what the index says, so nothing else is told for long
+        if not stat.S_ISDIR(now.mode):
+            if now.nlink != 1 or beliefs._is_mounted_over(self._node, name):
+                return short
+            beliefs._told[node.inode] = now.size, now.mtime_ns, now.ctime_ns, self._now
+            return NAMES_S, FILES_S
+        is_watched = node.key in beliefs._watcher and beliefs._folder(node).changed_at <= self._sight.token
+        return NAMES_S, NAMES_S if is_watched else beliefs._short_s
+
+
 def resynchronise(index: IndexStore, notifier: Notifier) -> None:
     """Have the kernel ask anew for all it may believe: once, for the successor of a daemon that knew more than it does.
 
-    What a predecessor told for long is in its index: see `Beliefs.timeouts`. Blocking, for a worker thread: 0.3 s for
+    What a predecessor told for long is in its index: see `Answer.timeouts`. Blocking, for a worker thread: 0.3 s for
     11,000 entries. Until it returns, what changed while nobody watched may be believed.
     """
     if index.set_aside is not None:

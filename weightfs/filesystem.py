@@ -27,7 +27,7 @@ from typing import Final, ParamSpec, TypeVar
 import msgspec
 import trio
 
-from weightfs.beliefs import Beliefs
+from weightfs.beliefs import Answer, Beliefs
 from weightfs.errors import (
     DeadlineError,
     ForbiddenError,
@@ -75,7 +75,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Attributes(msgspec.Struct, frozen=True):
+class Attributes(msgspec.Struct):
     """One inode as stat(2) shows it; times in nanoseconds since 1970, `blocks` in units of 512 bytes.
 
     Attributes:
@@ -204,8 +204,8 @@ class Filesystem:
         """Attributes as they are to be answered; nothing may be waited for between this and the answer."""
         if self._beliefs is None or sight is None:
             return found
-        name_s, own_s = self._beliefs.timeouts(sight, folder, name, node, found)
-        return msgspec.structs.replace(found, name_s=name_s, own_s=own_s)
+        found.name_s, found.own_s = self._beliefs.answer(sight, folder).timeouts(name, node, found)
+        return found
 
     # Names
 
@@ -310,7 +310,8 @@ class Filesystem:
             raise StaleError("its name is gone", path=os.fsdecode(path))
         found = await self._source_attributes(inode, path, entry)
         if sight is not None and inode == ROOT_INODE and self._beliefs is not None:
-            return msgspec.structs.replace(found, own_s=self._beliefs.own_timeout(sight, node))
+            found.own_s = self._beliefs.own_timeout(sight, node)
+            return found
         return self._believed(sight, folder, node, name, found)
 
     def _open_stat(self, inode: int) -> SourceStat | None:
@@ -451,16 +452,18 @@ class Filesystem:
         entries = self._listings[inode]
         rest = itertools.islice(entries, bisect.bisect_right(entries, after, key=_cookie_of), None)
         sight = self._sights.get(inode)
-        return rest if sight is None else (self._believed_entry(sight, node, entry) for entry in rest)
+        if self._beliefs is None or sight is None:
+            return rest
+        # Now, not when it was made: a listing may go on long after.
+        return self._believed_entries(self._beliefs.answer(sight, node), rest)
 
-    def _believed_entry(self, sight: Sight, folder: Node, entry: DirectoryEntry) -> DirectoryEntry:
-        """As `_believed`; when a listing goes on, that may be long after it was made."""
-        node = self._source_node(entry.attributes.inode)
-        if node is None:
-            return entry
-        return msgspec.structs.replace(
-            entry, attributes=self._believed(sight, folder, node, entry.name, entry.attributes)
-        )
+    def _believed_entries(self, answer: Answer, entries: Iterator[DirectoryEntry]) -> Iterator[DirectoryEntry]:
+        """As `_believed`, for whoever takes the entries without waiting in between."""
+        for entry in entries:
+            found = entry.attributes
+            if (node := self._source_node(found.inode)) is not None:
+                found.name_s, found.own_s = answer.timeouts(entry.name, node, found)
+            yield entry
 
     def listing_end(self, inode: int) -> int | None:
         """The cookie of the last entry of a folder's listing, if that is at hand and not empty."""

@@ -168,6 +168,8 @@ class Notifier:
                 else:
                     for message in _of(key, job):
                         self._write(message)
+            except Exception:  # this thread must live on
+                log.exception("the kernel was not told that inode %#x changed", key)
             finally:
                 with self._condition:
                     self._busy.discard(key)

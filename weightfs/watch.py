@@ -10,6 +10,7 @@ inotify does not say so.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import logging
@@ -112,6 +113,7 @@ class Watcher:
         self._by_place: dict[tuple[int, int], bytes] = {}
         self._refused: dict[tuple[int, int], str] = {}
         self._full_until = 0.0
+        self._has_failed = False
         self._repeat_at: float | None = None
         self._pending = Batch()
         self._told_at: dict[tuple[bytes, bytes], float] = {}
@@ -197,6 +199,8 @@ class Watcher:
             del self._refused[next(iter(self._refused))]
 
     def _why_not(self, place: tuple[int, int]) -> str | None:
+        if self._has_failed:
+            return "watching has failed, see the log"
         if len(self._by_key) >= self._most:
             return f"more than {self._most} folders"
         if time.monotonic() < self._full_until:
@@ -222,6 +226,24 @@ class Watcher:
     # The thread
 
     def _run(self, deliver: Callable[[Batch], None], token: trio.lowlevel.TrioToken) -> None:
+        try:
+            self._tell(deliver, token)
+        except trio.RunFinishedError:
+            log.debug("the trio thread has ended first")
+        except Exception:
+            log.exception("folders are not watched any more")
+            self._fail()
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(deliver, Batch(everything=True))
+
+    def _fail(self) -> None:
+        """From now on nothing is watched: what is not told must not be believed."""
+        with self._lock:
+            self._has_failed = True
+            for key, watch in list(self._by_key.items()):
+                self._drop(key, watch)
+
+    def _tell(self, deliver: Callable[[Batch], None], token: trio.lowlevel.TrioToken) -> None:
         poll = select.poll()
         poll.register(self._queue, select.POLLIN)
         poll.register(self._mount_table, select.POLLPRI)
@@ -240,19 +262,20 @@ class Watcher:
                 os.read(self._wake_reader, 4096)
             if self._is_taken.is_set() and (batch := self._due()) is not None:
                 self._is_taken.clear()
-                try:
-                    token.run_sync_soon(self._hand_over, deliver, batch)
-                except trio.RunFinishedError:
-                    return
+                token.run_sync_soon(self._hand_over, deliver, batch)
             time.sleep(_GATHER_S)
 
     def _is_waiting(self) -> bool:
         return bool(self._pending.names) or self._pending.everything or self._repeat_at is not None
 
     def _hand_over(self, deliver: Callable[[Batch], None], batch: Batch) -> None:
+        self.batches += 1
         try:
-            self.batches += 1
             deliver(batch)
+        except Exception:
+            log.exception("changes could not be told: folders are not watched any more")
+            self._fail()
+            deliver(Batch(everything=True))
         finally:
             self._is_taken.set()
             if not self._is_closing:

@@ -245,3 +245,37 @@ def test_it_ends_while_events_come(folder: str) -> None:
         watcher.close()
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("where", ["its thread", "the trio thread"])
+def test_a_failure_ends_all_watches(
+    folder: str, watcher: Watcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    """And says that everything may have changed: silence would be taken for truth."""
+    add(watcher, folder)
+
+    async def main(told: Told) -> None:
+        if where == "its thread":
+            monkeypatch.setattr(watcher, "_note", None)
+        else:
+            take = told.take
+
+            def fails_once(batch: Batch) -> None:
+                told.take = take  # type: ignore[method-assign]
+                take(batch)
+                if not batch.everything:
+                    raise ValueError("a bug")
+
+            monkeypatch.setattr(told, "take", fails_once)
+        write(f"{folder}/new", b"")
+        await told.until(lambda: any(batch.everything for batch in told.batches))
+
+    async def started() -> None:
+        told = Told()
+        watcher.start(lambda batch: told.take(batch), trio.lowlevel.current_trio_token())
+        await main(told)
+
+    trio.run(started)
+    assert len(watcher) == 0
+    assert not add(watcher, folder)
+    assert "not watched any more" in caplog.text

@@ -255,7 +255,8 @@ def _show(said: dict[str, Any]) -> None:
         f"  indexing   {printable(state)}: {indexing['files']} files in {indexing['folders']} folders, "
         f"{indexing['headers']} headers read in {indexing['seconds']:.1f} s"
     )
-    _show_watch(said["watch"])
+    if "watch" in said:  # a daemon of an older version says nothing of it
+        _show_watch(said["watch"])
     for why, count in said["passthrough_refused"].items():
         say(f"  refused    passthrough for {count} opens: {why}")
     for path in said["changed_in_place"]:
