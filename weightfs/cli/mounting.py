@@ -247,6 +247,9 @@ def _show(said: dict[str, Any]) -> None:
         f"  weights    {said['models']} files in memory, {said['headers_parsed']} headers parsed, {said['opens']} opens"
     )
     say(f"  bytes      {human_bytes(said['bytes_read'])} through user space; the rest the kernel read by itself")
+    if said["deaths"]:
+        died = "1 daemon has died" if said["deaths"] == 1 else f"{said['deaths']} daemons have died"
+        say(f"  deaths     {died} and been followed")
     for why, count in said["passthrough_refused"].items():
         say(f"  refused    passthrough for {count} opens: {why}")
     for path in said["changed_in_place"]:
