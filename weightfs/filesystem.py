@@ -640,9 +640,16 @@ class Filesystem:
 
     def changed_files(self) -> list[str]:
         """Open files that were written to in place since they were opened. Callable from any thread."""
-        opened = (self._handles.get(inode) for inode in self._handles)
-        files = (entry.readable for entry in opened if entry is not None)
-        return sorted({os.fsdecode(file.path) for file in files if isinstance(file, WholeFile) and file.has_changed()})
+        found = set()
+        for inode in self._handles:
+            entry = self._handles.get(inode)
+            file = entry.readable if entry is not None else None
+            if not isinstance(file, WholeFile):
+                continue
+            with contextlib.suppress(OSError):  # closed meanwhile
+                if file.has_changed() and self._handles.get(inode) is entry:  # else its descriptor may be another's
+                    found.add(os.fsdecode(file.path))
+        return sorted(found)
 
     # The rest
 

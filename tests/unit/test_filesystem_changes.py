@@ -19,6 +19,7 @@ from weightfs.errors import (
 from weightfs.filesystem import Filesystem, FilesystemConfig, Opened
 from weightfs.handles import HandleTable
 from weightfs.index.store import IndexStore
+from weightfs.readables import WholeFile
 
 TENSORS = {"a": tensor("F32", (4, 2), 1), "b": tensor("BF16", (3,), 2)}
 OTHERS = {"a": tensor("F32", (4, 2), 7), "b": tensor("BF16", (3,), 8)}
@@ -173,6 +174,28 @@ def test_an_in_place_write_is_told_while_the_file_is_open(fs: Filesystem, root: 
     assert find(fs, "readme").inode == inode
     handles.discard(inode, 1)
     assert fs.changed_files() == []
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["closed", "number taken by another"])
+def test_a_file_closed_while_it_is_asked_for_is_not_told(
+    fs: Filesystem, root: str, handles: HandleTable, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    """status asks from a thread of its own."""
+    inode = find(fs, "readme").inode
+    opened(fs, inode)
+    examine = WholeFile.has_changed
+    others: list[int] = []
+
+    def late(file: WholeFile) -> bool:
+        handles.discard(inode, 1)
+        if taken:
+            others.append(os.dup2(0, file.fd))
+        return examine(file)
+
+    monkeypatch.setattr(WholeFile, "has_changed", late)
+    assert fs.changed_files() == []
+    for fd in others:
+        os.close(fd)
 
 
 def test_a_changed_file_makes_its_views_stale_and_new_ones_new(fs: Filesystem, root: str, settled: Later) -> None:

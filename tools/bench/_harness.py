@@ -506,6 +506,19 @@ class Report:
         """A row that counts what must not happen."""
         self._add(Row(what, None, counted, "requests", counted, 0, "at most", "", note=note))
 
+    def value(
+        self,
+        what: str,
+        value: float,
+        unit: str,
+        target: float | None = None,
+        sense: Literal["at least", "at most"] = "at most",
+        *,
+        note: str = "",
+    ) -> None:
+        """A row for one figure, compared with nothing but its target."""
+        self._add(Row(what, None, value, unit, value, target, sense, f" {unit}", note=note))
+
     def _add(self, row: Row) -> None:
         self.rows.append(row)
         print(f"  {': '.join(row.cells()[:1])}: {', '.join(row.cells()[1:])}", file=sys.stderr, flush=True)

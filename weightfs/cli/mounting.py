@@ -257,6 +257,9 @@ def _show(said: dict[str, Any]) -> None:
     )
     if "watch" in said:  # a daemon of an older version says nothing of it
         _show_watch(said["watch"])
+    if said["deaths"]:
+        died = "1 daemon has died" if said["deaths"] == 1 else f"{said['deaths']} daemons have died"
+        say(f"  deaths     {died} and been followed")
     for why, count in said["passthrough_refused"].items():
         say(f"  refused    passthrough for {count} opens: {why}")
     for path in said["changed_in_place"]:
