@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import grp
 import hashlib
 import os
 import re
@@ -72,6 +73,8 @@ class MountConfig:
                 raise UsageError(f"{name} must lie between 0 and {_LONGEST_S:g} seconds")
         if self.metrics_listen is not None:
             listen_address(self.metrics_listen)
+        if self.control_group is not None:
+            group_id(self.control_group)
 
     @property
     def for_others(self) -> bool:
@@ -106,6 +109,18 @@ def default_state_dir(source: str) -> str:
         base = os.path.join(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "weightfs")
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", source).strip("-")[-40:] or "root"
     return os.path.join(base, f"{label}-{hashlib.blake2b(os.fsencode(source), digest_size=4).hexdigest()}")
+
+
+def group_id(name: str) -> int:
+    """The number of a group.
+
+    Raises:
+        UsageError: there is no such group.
+    """
+    try:
+        return grp.getgrnam(name).gr_gid
+    except (KeyError, ValueError):
+        raise UsageError(f"there is no group {name!r}", mend="getent group shows those there are") from None
 
 
 def listen_address(text: str) -> tuple[str, int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import grp
 import json
 import os
 import socket
@@ -20,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from weightfs.config import group_id
 from weightfs.errors import BusyError, IndexStoreError, IntegrityError, UnfitError, UsageError, WeightfsError
 
 LONGEST_REQUEST_BYTES: Final = 64 << 10
@@ -58,7 +58,7 @@ def bind(path: str, group: str | None, *, even_if_taken: bool = False) -> socket
         BusyError: somebody listens there, and it is not to be taken from him.
         WeightfsError: the folder can't be written.
     """
-    gid = _group_id(group)
+    gid = None if group is None else group_id(group)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with _folder_of(path) as (folder, name):
@@ -192,15 +192,6 @@ def _refuse_if_taken(folder: int, name: str, path: str) -> None:
                 return
             raise
     raise BusyError("somebody listens there already", path=path, mend="weightfs status")
-
-
-def _group_id(group: str | None) -> int | None:
-    if group is None:
-        return None
-    try:
-        return grp.getgrnam(group).gr_gid
-    except (KeyError, ValueError):
-        raise UsageError(f"there is no group {group!r}", mend="getent group shows those there are") from None
 
 
 def _let_through(folder: int, gid: int, path: str) -> None:

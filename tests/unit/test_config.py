@@ -42,6 +42,8 @@ def test_what_is_set_wins() -> None:
         ({"engine": ""}, "auto, passthrough, portable"),
         ({"log_level": "loud"}, "loud"),
         ({"watch": "on"}, "auto, off"),
+        ({"control_group": "no-such-group"}, "no-such-group"),
+        ({"control_group": "nul\0"}, "no group"),
         ({"deadline_s": -1}, "deadline_s"),
         ({"attribute_timeout_s": -0.1}, "attribute_timeout_s"),
         ({"deadline_s": math.nan}, "deadline_s"),

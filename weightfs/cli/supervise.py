@@ -20,10 +20,10 @@ from weightfs import linux
 from weightfs.cli.output import announce, fail
 from weightfs.config import MountConfig
 from weightfs.control import error_document, error_from
-from weightfs.errors import UsageError, WeightfsError
+from weightfs.errors import UsageError
 from weightfs.logs import log_to
 from weightfs.supervision.replacement import read_handoff
-from weightfs.supervision.supervisor import Supervisor
+from weightfs.supervision.supervisor import Said, Supervisor
 
 
 def main() -> None:
@@ -46,10 +46,10 @@ def main() -> None:
         sys.exit(supervisor.run_on())
     settings = MountConfig(**json.load(sys.stdin))
     if given.foreground:
-        log_to(None, settings.log_level)
-        sys.exit(Supervisor(settings, lambda document: _print(document, given.json)).run())
+        sys.exit(_supervise(settings, lambda document: _print(document, given.json), log_file=None))
     os.set_inheritable(given.outcome, False)
-    sys.exit(_in_background(settings, given.outcome))
+    log_file = os.path.join(settings.state_folder, "weightfs.log")
+    sys.exit(_supervise(settings, lambda document: _say(document, given.outcome), log_file))
 
 
 def _prepare() -> None:
@@ -65,34 +65,42 @@ def _print(document: Mapping[str, Any], as_json: bool) -> None:
     announce(document, as_json=as_json)
 
 
-def _in_background(settings: MountConfig, outcome: int) -> int:
-    def say(document: Mapping[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # whoever asked may have given up
-            os.write(outcome, json.dumps(document).encode() + b"\n")
-        os.close(outcome)
+def _say(document: Mapping[str, Any], outcome: int) -> None:
+    with contextlib.suppress(OSError):  # whoever asked may have given up
+        os.write(outcome, json.dumps(document).encode() + b"\n")
+    os.close(outcome)
 
+
+def _supervise(settings: MountConfig, said: Said, log_file: str | None) -> int:
+    """Supervise in this process; gives the exit status."""
     try:
-        path = _log_to_file(settings)
-    except WeightfsError as e:
-        say({"error": error_document(e)})
-        return e.exit_code
-    return Supervisor(settings, say, path).run()
-
-
-def _log_to_file(settings: MountConfig) -> str:
-    """Log to the state folder; what the interpreter itself has to say, a crash included, goes there too.
-
-    Raises:
-        UsageError: the folder can't be written.
-    """
-    path = os.path.join(settings.state_folder, "weightfs.log")
-    try:
-        os.makedirs(settings.state_folder, mode=0o700, exist_ok=True)
-        log_to(path, settings.log_level)
+        _make_folder(settings.state_folder)
+        log_to(log_file, settings.log_level)  # what the interpreter itself has to say, a crash included, goes there too
     except OSError as e:
         reason = os.strerror(e.errno or 0)
-        raise UsageError(f"can't keep a log: {reason}", path=path, mend="--state-dir names another folder") from e
-    return path
+        error = UsageError(
+            f"can't keep index and log: {reason}", path=settings.state_folder, mend="--state-dir names another folder"
+        )
+        said({"error": error_document(error)})
+        return error.exit_code
+    return Supervisor(settings, said, log_file).run()
+
+
+def _make_folder(path: str) -> None:
+    """A state folder, for its owner alone; missing ones above it may be passed through, as a control group may have to.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    above = os.path.dirname(path)
+    missing = []
+    while not os.path.isdir(above):
+        missing.append(above)
+        above = os.path.dirname(above)
+    for folder in reversed(missing):
+        os.makedirs(folder, exist_ok=True)
+        os.chmod(folder, 0o711)  # whatever the umask
+    os.makedirs(path, mode=0o700, exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -124,7 +124,6 @@ class Estate:
     def listen(self, settings: MountConfig) -> None:
         """Make the sockets, where they are not there yet. A mount works without."""
         try:
-            os.makedirs(settings.state_folder, mode=0o700, exist_ok=True)
             if self.listener is None:
                 self.listener = self._bind(settings.supervisor_socket, None)
             if self.control is None:
