@@ -297,7 +297,7 @@ def test_daemon_that_stands_still(
     source: str, mounter: Mounter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is killed after ten missed seconds (here two); what waited for it goes on."""
-    edits = {"supervisor.py": [("_STUCK_TICKS: Final = 10", "_STUCK_TICKS: Final = 2")]}
+    edits = {"supervision/supervisor.py": [("_STUCK_TICKS: Final = 10", "_STUCK_TICKS: Final = 2")]}
     monkeypatch.setenv("PYTHONPATH", make_version(f"{tmp_path}/impatient", edits))
     mount = mounter(source)
     mount.log_must_be_clean = False

@@ -59,7 +59,7 @@ DEATHS: Final = {
          "            dying.always_at('poison')\n        try:\n"),
     ],
     # Else the supervisor would pause between deaths that a test makes one after the other.
-    "supervisor.py": [("_YOUNG_S: Final = 1.0", "_YOUNG_S: Final = 0.0")],
+    "supervision/supervisor.py": [("_YOUNG_S: Final = 1.0", "_YOUNG_S: Final = 0.0")],
     "service.py": [
         _IMPORT,
         ("        after_death = self._ledger.begin()\n",

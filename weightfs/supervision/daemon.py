@@ -59,6 +59,7 @@ class Daemon:
         pid, pidfd: of the process, a child of this one.
         link: to it.
         version: that it is of.
+        is_asked_for: whether a client waits to hear how it does.
         prepared: whether it may be given the word to go.
         went_at: when it was, on the monotonic clock.
         served_at: when it said that it serves.
@@ -70,6 +71,7 @@ class Daemon:
     pidfd: int
     link: Link
     version: Version
+    is_asked_for: bool = False
     prepared: bool = False
     went_at: float | None = None
     served_at: float | None = None

@@ -220,7 +220,7 @@ class Supervisor:
         log.info("daemon %d serves", daemon.pid)
         self._said(words["serving"])
         self._said = lambda _: None
-        if self._client is not None:
+        if daemon.is_asked_for:
             self._answer({"serving": words["serving"]})
             self._loop.after("become", 0, lambda: self._become(daemon))
         self._loop.after("standby", _STANDBY_AFTER_S, self._have_standby)
@@ -263,7 +263,8 @@ class Supervisor:
         if daemon.served_at is None:
             error = daemon.error or _failed(f"the daemon ended with {how} before it served")
             if self._index_is_sound:  # others have served: if it was a new version, the old one goes on
-                self._answer({"error": error})
+                if daemon.is_asked_for:
+                    self._answer({"error": error})
             elif daemon.error is not None or self._early_deaths >= _SUSPECT_DEATHS:
                 self._give_up(error)
                 return
@@ -336,6 +337,7 @@ class Supervisor:
         self._dismiss(self._standby)
         self._standby = None
         self._candidate = self._start(version)
+        self._candidate.is_asked_for = True
         self._loop.after("candidate", _PREPARE_S, self._candidate_late)
 
     def _candidate_late(self) -> None:
