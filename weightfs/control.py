@@ -117,7 +117,11 @@ def ask(path: str, request: Mapping[str, Any], timeout_s: float) -> dict[str, An
         except (BrokenPipeError, ConnectionResetError):
             said = b""
         except OSError as e:
-            raise WeightfsError(f"nobody listens there: {os.strerror(e.errno or 0)}", path=path) from e
+            raise WeightfsError(
+                f"nobody listens there: {os.strerror(e.errno or 0)}",
+                path=path,
+                mend="weightfs status tells what is mounted; weightfs mount takes a dead mount away",
+            ) from e
     if not said.endswith(b"\n"):
         raise BusyError("the daemon ended before it answered", path=path)
     answer: dict[str, Any] = json.loads(said)
