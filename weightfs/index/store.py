@@ -30,7 +30,7 @@ import lmdb
 import msgspec
 
 from weightfs.errors import IndexStoreError
-from weightfs.index.schema import IDENTITY_BYTES, SCHEMA, EntryRecord, FileRecord, inode_number, new_epoch
+from weightfs.index.schema import IDENTITY_BYTES, SCHEMA, EntryRecord, FileRecord, epoch_of, inode_number, new_epoch
 
 log = logging.getLogger(__name__)
 
@@ -312,8 +312,11 @@ class IndexStore:
         return self._record(b"entries", inode.to_bytes(8, "big"), EntryRecord)
 
     def is_committed(self, inode: int) -> bool:
-        """Whether what was put last of an entry is on file: a successor of a killed process will find it."""
-        return (b"entries", inode.to_bytes(8, "big")) not in self._overlay
+        """Whether what was put last of an entry is on file: a successor of a killed process will find it.
+
+        What was on a file that had to be set aside is not.
+        """
+        return epoch_of(inode) == self.epoch and (b"entries", inode.to_bytes(8, "big")) not in self._overlay
 
     def entries(self) -> Iterator[tuple[int, EntryRecord]]:
         """All entries, a group a transaction; what is put meanwhile may be left out."""
