@@ -83,6 +83,7 @@ class Beliefs:
         self._notifier = notifier
         self._short_s = short_s
         self._token = 0
+        self._epoch = index.epoch
         self._all_changed_at = 0
         self._folders: dict[bytes, _Folder] = {}
         self._by_inode: dict[int, _Folder] = {}
@@ -163,6 +164,10 @@ class Beliefs:
 
     def answer(self, sight: Sight, folder: Node) -> Answer:
         """To a request for names of a folder, as they were when it was examined. To be given at once: see `Answer`."""
+        if self._epoch != self._index.epoch:
+            # The index was lost under us, and with it what a successor would need to know.
+            self._epoch = self._index.epoch
+            self._all_changed()
         return Answer(self, sight, folder, self._folder(folder) if self._is_fresh(sight, folder) else None)
 
     def own_timeout(self, sight: Sight, node: Node) -> float:

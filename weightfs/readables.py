@@ -44,9 +44,11 @@ class WholeFile:
         """See `Readable`. Ends where the file ends now, but never before the size it had when it was opened."""
         filled = _fill(self.fd, buffer, offset)
         if filled < len(buffer) and offset + filled < self._promised:
-            size = self._source.fstat(self.fd).size
-            if size < self._promised:
-                raise StaleError(f"was cut from {self._promised} to {size} bytes while it was open")
+            now = self._source.fstat(self.fd)
+            if now.size < self._promised:
+                raise StaleError(f"was cut from {self._promised} to {now.size} bytes while it was open")
+            if now.mtime_ns != self._mtime_ns:
+                raise StaleError("was cut, and has grown again, while it was read")
             raise ShortReadError(f"gave {filled} of {len(buffer)} bytes at {offset}, well before its end")
         return filled
 

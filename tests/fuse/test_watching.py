@@ -326,7 +326,9 @@ def test_something_mounted_inside_the_source(source: str, mounter: Mounter) -> N
         soon(lambda: os.listdir(mount.path("second")) == ["inside"], "a new file in it")
         assert read(mount.path("second/inside")) == b"tmpfs"
     finally:
-        subprocess.run(["umount", f"{source}/second"], check=True)
+        # Busy until the release of what was read has come in.
+        unmount = ["umount", f"{source}/second"]
+        wait_until(lambda: subprocess.run(unmount, capture_output=True).returncode == 0, "unmounted")
     soon(lambda: os.listdir(mount.path("second")) == ["file"], "what was below it")
     assert read(mount.path("second/file")) == b"second"
 

@@ -107,6 +107,17 @@ def test_names_are_believed_once_they_are_on_file(rig: Rig) -> None:
     assert len(rig.watcher) == 2
 
 
+def test_what_is_not_in_the_index_any_more_is_not_believed(rig: Rig) -> None:
+    """The index is lost under the mount: what was told for long is taken back, since no successor would find it."""
+    inode = rig.known("readme").inode
+    rig.told.calls.clear()
+    with rig.index._lock:
+        rig.index._rebuild("a test says so")
+    assert trust(find(rig.fs, "readme")) == SHORT
+    assert ("folder", ROOT_INODE, [], [b"readme"], [inode]) in rig.told.calls
+    assert trust(rig.known("readme")) == SHORT
+
+
 def test_listings_are_believed(rig: Rig) -> None:
     list(run(rig.fs.readdir, ROOT_INODE, 0))
     rig.index.flush()

@@ -127,6 +127,18 @@ def test_a_short_read_is_an_error_never_zeros(source: OddSource, monkeypatch: py
     view.close()
 
 
+def test_a_file_cut_and_grown_again_meanwhile_is_stale(
+    source: OddSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who rewrites a file in place cuts it first: the reader that came in between was not failed by the source."""
+    file = whole(source)
+    os.utime(tmp_path / "file", (1, 1))
+    short(monkeypatch, 4096, 2000)
+    with pytest.raises(StaleError, match="has grown again"):
+        read(file, 1000, 1001)
+    file.close()
+
+
 def test_a_failing_source_says_so(source: OddSource, monkeypatch: pytest.MonkeyPatch) -> None:
     file, view = whole(source), extent(source, b"", 0, 100)
 

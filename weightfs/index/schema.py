@@ -43,6 +43,11 @@ def inode_number(epoch: int, serial: int) -> int:
     return epoch << _SERIAL_BITS | serial
 
 
+def epoch_of(inode: int) -> int:
+    """The epoch a number was given out in; 0 for the root."""
+    return inode >> _SERIAL_BITS
+
+
 def serial_of(inode: int) -> int:
     """The inverse of `inode_number`, epoch dropped."""
     return inode & ((1 << _SERIAL_BITS) - 1)

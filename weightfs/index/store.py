@@ -37,6 +37,7 @@ from weightfs.index.schema import (
     SERIALS,
     EntryRecord,
     FileRecord,
+    epoch_of,
     inode_number,
     new_epoch,
 )
@@ -437,8 +438,11 @@ class IndexStore:
         return self._record(b"entries", inode.to_bytes(8, "big"), EntryRecord)
 
     def is_committed(self, inode: int) -> bool:
-        """Whether what was put last of an entry is on file: a successor of a killed process will find it."""
-        return (b"entries", inode.to_bytes(8, "big")) not in self._overlay
+        """Whether what was put last of an entry is on file: a successor of a killed process will find it.
+
+        What was on a file that had to be set aside is not.
+        """
+        return epoch_of(inode) == self.epoch and (b"entries", inode.to_bytes(8, "big")) not in self._overlay
 
     def entries(self) -> Iterator[tuple[int, EntryRecord]]:
         """All entries, a group a transaction; what is put meanwhile may be left out."""
