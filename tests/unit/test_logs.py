@@ -101,7 +101,7 @@ def test_several_processes_lose_no_line_and_mix_none(path: str) -> None:
     assert all(20_000 <= len(text) < 22_000 for text in found[:-1])
     seen: dict[str, list[int]] = {who: [] for who in "abcd"}
     for line in "".join(found).splitlines():
-        parts = re.fullmatch(r"[-0-9:, ]+ WARNING root: ([abcd]) (\d+) (x*)", line)
+        parts = re.fullmatch(r"[-0-9:, ]+ WARNING \d+ root: ([abcd]) (\d+) (x*)", line)
         assert parts is not None, line
         assert len(parts[3]) == int(parts[2]) % 90
         seen[parts[1]].append(int(parts[2]))
