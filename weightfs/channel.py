@@ -63,7 +63,6 @@ _SMALL_REPLY_BYTES: Final = 8 << 10
 _PAIR_BYTES: Final = 4 << 20
 _SO_SNDBUFFORCE: Final = 32
 _SO_RCVBUFFORCE: Final = 33
-_NO_REPLY: Final = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET})
 _NOT_WANTED: Final = frozenset({Opcode.FLUSH, Opcode.OPENDIR})
 _OF_NAMES: Final = frozenset({Opcode.LOOKUP, Opcode.READDIR, Opcode.READDIRPLUS})
 _TICK_S: Final = 0.25
@@ -304,7 +303,7 @@ class Channel:
         return bool(cookie) and self._listing_end(nodeid) == cookie
 
     async def _forward(self, opcode: int, unique: int, nodeid: int, buffer: bytearray, message: memoryview) -> None:
-        if opcode not in _NO_REPLY:
+        if opcode not in wire.NO_REPLY:
             reserved = _reply_bytes(opcode, buffer)
             await self._reserve(reserved)
             expires = trio.current_time() + self._config.deadline_s

@@ -3,7 +3,7 @@
 Two kinds travel on it. *Words* are JSON objects, a few in a daemon's life:
 
     supervisor -> daemon    {"start": {...}}, {"held": [inode, ...]} with descriptors, {"go": {...}}, {"retire": {}}
-    daemon -> supervisor    {"prepared": {}}, {"serving": {...}}, {"error": {...}}
+    daemon -> supervisor    {"prepared": {...}}, {"serving": {...}}, {"error": {...}}
 
 *Holdings* are 9 bytes, one with each open and each last release: the supervisor keeps a descriptor of every file that
 is open, so that a successor can read one whose name is gone. Source: unix(7), SCM_RIGHTS.

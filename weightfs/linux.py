@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 MS_RDONLY: Final = 1
 MS_NOSUID: Final = 2
 MS_NODEV: Final = 4
+MNT_FORCE: Final = 1
 MNT_DETACH: Final = 2
 
 RESOLVE_NO_MAGICLINKS: Final = 0x02

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import os
 import re
@@ -206,6 +207,15 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         reason = done.stderr.strip()
         kind = BusyError if "busy" in reason else WeightfsError
         raise kind(f"can't unmount it: {reason}", path=mountpoint, mend=f"weightfs umount --lazy {mountpoint}")
+
+
+def abort(mountpoint: str) -> None:
+    """End a mount's connection, so that everybody who waits for an answer gets an error; it stays mounted, and dead.
+
+    For one whose daemon can't answer any more. Needs CAP_SYS_ADMIN; without it nothing happens.
+    """
+    with contextlib.suppress(OSError):  # EBUSY: that is after the abort, when it is in use
+        linux.umount(mountpoint, linux.MNT_FORCE)
 
 
 def _by_whom(mountpoint: str) -> str:

@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any, Final
@@ -144,7 +145,9 @@ class Service:
         """Wait for the word, then take over."""
         gc.collect()
         gc.freeze()  # what is there now stays: no collection looks at it again
-        self._link.say({"prepared": {}})
+        canary = threading.Thread(target=threading.Event().wait, name="canary", daemon=True)
+        canary.start()  # the supervisor hears of its end, when another thread hangs in the kernel
+        self._link.say({"prepared": {"canary": canary.native_id}})
         await self._goes.wait()
         self._took_over = bool(self._ledger.init_request)
         after_death = self._ledger.begin()

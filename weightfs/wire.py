@@ -36,6 +36,9 @@ class Opcode(enum.IntEnum):
     STATX = 52
 
 
+NO_REPLY: Final = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT})
+"""Requests that the kernel expects no answer to."""
+
 IN_HEADER: Final = struct.Struct("<IIQQ")
 """length, opcode, unique, nodeid; the whole header has 40 bytes."""
 IN_HEADER_BYTES: Final = 40

@@ -1,15 +1,16 @@
-"""What a successor has to do before it serves: the kernel believes what nobody watched while there was no daemon.
+"""What changed while nobody watched: between the death of one daemon and the word to go for the next.
 
-The daemon here watches nothing and lets the kernel believe everything for ten minutes, so that what changes is seen by
-no one; a line on its stdin stands for the takeover.
+The supervisor is stopped in between, so that the source can change in peace.
 """
 
 from __future__ import annotations
 
+import glob
 import mmap
 import os
 import shutil
-import subprocess
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,67 +18,41 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.models import write
-from tests.helpers.mounting import Daemon, both_engines, child, detach
+from tests.helpers.mounting import Daemon, Mount, Mounter, both_engines, wait_until
 
-UNWATCHED = """
-import sys, threading
-from weightfs import service
-from weightfs.beliefs import resynchronise
-from weightfs.config import MountConfig
-
-source, mountpoint, state, engine = sys.argv[1:]
-made = []
-start = service.Service._start_watching
-service.Service._start_watching = lambda self, notifier: made.append((self._index, notifier))
-
-def wait():
-    for line in sys.stdin:
-        index, notifier = made[0]
-        index.flush()  # what is not on file was told for short only
-        if line == "lost\\n":
-            index.set_aside = ("somewhere", "a test says so")
-        resynchronise(index, notifier)
-        print("done", dict(notifier.sent), flush=True)
-
-threading.Thread(target=wait, daemon=True).start()
-config = MountConfig(
-    source=source, mountpoint=mountpoint, state_dir=state, engine=engine, attribute_timeout_s=600.0, watch="off"
-)
-service.serve(config, lambda document: print("mounted", flush=True))
-"""
+SOON_S = 3.0
 
 
-class Unwatched:
-    def __init__(self, source: str, mountpoint: str, process: subprocess.Popen[str]) -> None:
-        self.source = source
-        self.mountpoint = mountpoint
-        self._process = process
-
-    def take_over(self, how: str = "found") -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(how + "\n")
-        self._process.stdin.flush()
-        assert self._process.stdout.readline().startswith("done")
-
-
-@contextmanager
-def unwatched(tmp_path: Path, engine: str) -> Iterator[Unwatched]:
-    source, mountpoint = f"{tmp_path}/source", f"{tmp_path}/mount"
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    source = f"{tmp_path}/source"
     write(f"{source}/folder/file", b"a" * 10_000)
     write(f"{source}/folder/other", b"o")
     write(f"{source}/gone/file", b"g")
     write(f"{source}/top", b"t")
-    os.mkdir(mountpoint)
-    with child(UNWATCHED, source, mountpoint, f"{tmp_path}/state", engine) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "mounted\n"
-        daemon = Daemon(process.pid)
-        try:
-            yield Unwatched(source, mountpoint, process)
-        finally:
-            detach(mountpoint)
-            assert daemon.end() is None
+    return source
+
+
+@contextmanager
+def unwatched(mount: Mount) -> Iterator[None]:
+    """Within the block nobody serves; behind it somebody does."""
+    daemon = Daemon(mount.daemon_pid())
+    mount.supervisor.signal(signal.SIGSTOP)
+    try:
+        daemon.signal(signal.SIGKILL)
+        assert daemon.has_ended(5)
+        daemon.close()
+        yield
+    finally:
+        mount.supervisor.signal(signal.SIGCONT)
+    assert mount.daemon_pid() != daemon.pid
+
+
+def believed(mount: Mount) -> None:
+    """Have the kernel believe all that it may."""
+    tree(mount.mountpoint)
+    time.sleep(1.2)  # until the index has it on file; what is not there is told for a second only
+    tree(mount.mountpoint)
 
 
 def tree(root: str) -> dict[str, tuple[int, ...]]:
@@ -101,30 +76,34 @@ def change(source: str) -> None:
 
 @both_engines
 @pytest.mark.parametrize("how", ["found", "lost"])
-def test_nothing_old_is_believed(tmp_path: Path, engine: str, how: str) -> None:
+def test_nothing_old_is_believed(source: str, mounter: Mounter, engine: str, how: str) -> None:
     """Neither with the predecessor's index, nor without it, where the kernel can forget all names at once."""
-    with unwatched(tmp_path, engine) as mount:
-        before = tree(mount.mountpoint)
-        assert before == tree(mount.source)
-        with open(f"{mount.mountpoint}/folder/other", "rb") as held:
-            change(mount.source)
-            assert tree(mount.mountpoint) == before, "the test needs a kernel that believes"
-            mount.take_over(how)
-            assert tree(mount.mountpoint) == tree(mount.source)
-            assert os.fstat(held.fileno()).st_size == 6
-            with open(f"{mount.mountpoint}/folder/file", "rb") as file:
-                assert file.read() == b"replaced"
+    mount = mounter(source, engine)
+    believed(mount)
+    with open(mount.path("folder/other"), "rb") as held:
+        with unwatched(mount):
+            change(source)
+            if how == "lost":
+                for path in glob.glob(f"{mount.state_dir}/index.lmdb*"):
+                    os.unlink(path)
+        wait_until(lambda: tree(mount.mountpoint) == tree(source), "the changes", timeout_s=SOON_S)
+        if how == "found":  # else its number is of an index that is gone
+            wait_until(lambda: os.fstat(held.fileno()).st_size == 6, "the size of an open file", timeout_s=SOON_S)
+        with open(mount.path("folder/file"), "rb") as file:
+            assert file.read() == b"replaced"
 
 
 @both_engines
-def test_a_mapped_file_keeps_its_name(tmp_path: Path, engine: str) -> None:
+def test_a_mapped_file_keeps_its_name(source: str, mounter: Mounter, engine: str) -> None:
     """CRIU finds files in use by the name that /proc/PID/maps gives them."""
-    with unwatched(tmp_path, engine) as mount:
-        path = f"{mount.mountpoint}/folder/file"
-        with open(path, "rb") as held, mmap.mmap(held.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-            assert mapped[0] == ord("a")
-            mount.take_over()
-            assert tree(mount.mountpoint) == tree(mount.source)
-            with open("/proc/self/maps") as maps:
-                (line,) = [line.rstrip("\n") for line in maps if "folder/file" in line]
-            assert line.endswith(path)
+    mount = mounter(source, engine)
+    believed(mount)
+    path = mount.path("folder/file")
+    with open(path, "rb") as held, mmap.mmap(held.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert mapped[0] == ord("a")
+        with unwatched(mount):
+            write(f"{source}/folder/added", b"added")
+        wait_until(lambda: tree(mount.mountpoint) == tree(source), "the changes", timeout_s=SOON_S)
+        with open("/proc/self/maps") as maps:
+            (line,) = [line.rstrip("\n") for line in maps if "folder/file" in line]
+        assert line.endswith(path)

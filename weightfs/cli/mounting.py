@@ -168,8 +168,12 @@ def umount(
     """
     with reporting(as_json=as_json):
         here = _find(mountpoint)
-        pid = (_status_of(here) or {}).get("supervisor_pid")
-        mounts.unmount(here.mountpoint, lazy=lazy)
+        said = _status_of(here)
+        if said is None:  # who waits for it would wait for ever
+            mounts.abort(here.mountpoint)
+        pid = (said or {}).get("supervisor_pid")
+        if mounts.find(here.mountpoint) == here:
+            mounts.unmount(here.mountpoint, lazy=lazy)
         if pid is not None and not lazy and not end(pid):
             raise BusyError(f"is unmounted, but its supervisor {pid} has not ended yet", path=here.mountpoint)
         if as_json:

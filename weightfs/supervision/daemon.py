@@ -19,7 +19,8 @@ from weightfs.supervision.estate import Estate
 
 _PASSED_ON: Final = frozenset({"PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"})
 _PREFIXES: Final = ("PYTHON", "LC_", "XDG_", "WEIGHTFS_", "COVERAGE_", "PYENV_")
-_REAP_MS: Final = 200
+_LAST_MS: Final = 50
+_PIDFD_THREAD: Final = os.O_EXCL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,12 @@ class Daemon:
     """One of them.
 
     Attributes:
-        pid, pidfd: of the process, a child of this one.
+        pid: of the process, a child of this one.
+        pidfd: readable once all of it has ended.
+        canary: a thread of it that does nothing, and the descriptor that is readable once that has ended; None before
+            it is known, or where the kernel can't tell (before Linux 6.9). A process that was killed ends with its last
+            thread, and one of them may wait in the kernel for an answer that only a successor can give.
+        is_reaped: whether all of it has ended, and was waited for.
         link: to it.
         version: that it is of.
         is_asked_for: by the client that waits for a replacement.
@@ -71,6 +77,8 @@ class Daemon:
     pidfd: int
     link: Link
     version: Version
+    canary: tuple[int, int] | None = None
+    is_reaped: bool = False
     is_asked_for: bool = False
     prepared: bool = False
     went_at: float | None = None
@@ -116,11 +124,19 @@ class Daemon:
         pid = told["pid"]
         self = cls(pid, os.pidfd_open(pid), Link(end), version, prepared=True)
         self.went_at = self.served_at = told["went_at"]
+        self.set_canary(told["canary"])
         return self
 
     def handoff(self) -> dict[str, Any]:
         """Described for `adopt`."""
-        return {"pid": self.pid, "link_fd": self.link.fileno(), "went_at": self.went_at}
+        canary = self.canary[0] if self.canary is not None else None
+        return {"pid": self.pid, "link_fd": self.link.fileno(), "went_at": self.went_at, "canary": canary}
+
+    def set_canary(self, thread: int | None) -> None:
+        """It has told which of its threads does nothing."""
+        if thread is not None:
+            with contextlib.suppress(OSError):  # EINVAL before Linux 6.9; gone already
+                self.canary = thread, os.pidfd_open(thread, _PIDFD_THREAD)
 
     def go(self, estate: Estate, *, check_index: bool) -> None:
         """Give it the word to serve, with a descriptor of every file that is open."""
@@ -141,26 +157,27 @@ class Daemon:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
-    def wait(self) -> None:
-        """Give one that was killed a moment to end, and reap it; what takes longer is left to whoever reaps orphans."""
+    def reap(self) -> str:
+        """How it ended, and why if it said so. Given a moment: what was just killed ends soon, if it does."""
+        why = f": {self.error['message']}" if self.error else ""
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
-        poll.poll(_REAP_MS)
-        self.reap()
-
-    def reap(self) -> str:
-        """How it ended, and why if it said so."""
-        why = f": {self.error['message']}" if self.error else ""
+        poll.poll(_LAST_MS)
         try:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
         except ChildProcessError:
-            return "an unknown status" + why
+            pid, status = self.pid, 0
+        if not pid:
+            return "a thread of it still in the kernel" + why
+        self.is_reaped = True
         if self._process is not None:
             self._process.returncode = 0  # waited for here
-        code = os.waitstatus_to_exitcode(status) if pid else 0
+        code = os.waitstatus_to_exitcode(status)
         return (f"signal {-code}" if code < 0 else f"status {code}") + why
 
     def close(self) -> None:
         """Give up what belongs to it here."""
         os.close(self.pidfd)
+        if self.canary is not None:
+            os.close(self.canary[1])
         self.link.close()

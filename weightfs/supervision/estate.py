@@ -7,6 +7,7 @@ and by way of a service manager that keeps descriptors to whoever it starts next
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -15,7 +16,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from weightfs import control, ledger, mounts, systemd
+from weightfs import control, ledger, mounts, systemd, wire
 from weightfs.config import MountConfig
 from weightfs.errors import UsageError, WeightfsError
 
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 _KERNEL_NAME: Final = "weightfs-kernel"
 _LEDGER_NAME: Final = "weightfs-ledger"
 _HELD_NAME: Final = "weightfs-held-"
+_REQUEST_BYTES: Final = 64 << 10
+_MOST_WAITING: Final = 100_000
 
 
 @dataclass(kw_only=True)
@@ -37,6 +40,7 @@ class Estate:
         mounted_at: on the monotonic clock.
         is_kept: whether a service manager keeps it beyond this process.
         is_ours: whether the mountpoint is still to be taken away by us.
+        is_left: whether it was left to the service manager.
         listener: the socket that replacement is asked on.
         control: the socket that daemons answer on.
         places: paths of the sockets, with the inodes they had.
@@ -48,6 +52,7 @@ class Estate:
     mounted_at: float = field(default_factory=time.monotonic)
     is_kept: bool = False
     is_ours: bool = True
+    is_left: bool = False
     listener: socket.socket | None = None
     control: socket.socket | None = None
     places: dict[str, int] = field(default_factory=dict)
@@ -166,9 +171,24 @@ class Estate:
             return True
         return False
 
+    def turn_away(self) -> None:
+        """Answer EIO to all who wait for an answer: for an end after which nobody serves.
+
+        A thread of a daemon that was killed may wait in the kernel for a lock that one of them holds. Until it has
+        gone, it keeps the kernel's descriptor open, and the kernel waits with them.
+        """
+        with contextlib.suppress(OSError):
+            os.write(self.kernel_fd, wire.NOTIFY_RESEND)
+            for _ in range(_MOST_WAITING):
+                request = os.read(self.kernel_fd, _REQUEST_BYTES)
+                _, opcode, unique, _ = wire.IN_HEADER.unpack_from(request)
+                if opcode not in wire.NO_REPLY:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.write(self.kernel_fd, wire.OUT_HEADER.pack(wire.OUT_HEADER_BYTES, -errno.EIO, unique))
+
     def leave_to_manager(self) -> None:
         """The service manager keeps it for whom it starts next."""
-        self.is_ours = False
+        self.is_ours, self.is_left = False, True
         for inode, fd in self.held.items():
             systemd.keep(f"{_HELD_NAME}{inode:x}", fd)
 

@@ -76,6 +76,7 @@ class Supervisor:
         self._standby: Daemon | None = None
         self._candidate: Daemon | None = None
         self._dismissed: list[Daemon] = []
+        self._unreaped: list[Daemon] = []
         self._client: socket.socket | None = None
         self._resends = True
         self._early_deaths = 0
@@ -147,6 +148,11 @@ class Supervisor:
     def _watch(self, daemon: Daemon) -> None:
         self._loop.watch(daemon.link.fileno(), lambda: self._hear(daemon))
         self._loop.watch(daemon.pidfd, lambda: self._died(daemon))
+        self._watch_canary(daemon)
+
+    def _watch_canary(self, daemon: Daemon) -> None:
+        if daemon.canary is not None:
+            self._loop.watch(daemon.canary[1], lambda: self._died(daemon))
 
     def _hear(self, daemon: Daemon) -> None:
         number, holdings = daemon.link.fileno(), False
@@ -174,6 +180,8 @@ class Supervisor:
         elif message.words is not None:
             if "prepared" in message.words:
                 daemon.prepared = True
+                daemon.set_canary(message.words["prepared"].get("canary"))
+                self._watch_canary(daemon)
                 if daemon is self._candidate:
                     self._replace()
                 elif daemon is self._serving:
@@ -232,11 +240,16 @@ class Supervisor:
     def _died(self, daemon: Daemon) -> None:
         self._hear(daemon)  # what it said last
         self._loop.unwatch(daemon.pidfd)
+        if daemon.canary is not None:
+            self._loop.unwatch(daemon.canary[1])
         self._loop.unwatch(daemon.link.fileno())
         for name in ("flush", "hear"):
             self._loop.cancel(f"{name}-{daemon.pid}")
         how = daemon.reap()
-        daemon.close()
+        if not daemon.is_reaped:
+            self._unreaped.append(daemon)
+        else:
+            daemon.close()
         if daemon in self._dismissed:
             self._dismissed.remove(daemon)
         elif daemon is self._standby:
@@ -288,6 +301,7 @@ class Supervisor:
 
     def _tick(self) -> None:
         self._loop.after("tick", _TICK_S, self._tick)
+        self._reap_late()
         daemon = self._serving
         if daemon is None:
             if self._estate.is_dead():
@@ -407,14 +421,26 @@ class Supervisor:
         for daemon in (self._serving, self._standby, self._candidate):
             self._dismiss(daemon)
         self._reap_dismissed()
+        if self._unreaped and not self._estate.is_left:
+            self._estate.turn_away()
         self._answer({"error": _failed("the mount has ended")})
         self._estate.wind_up(self.settings)
         self._loop.stop()
         self._status = status
 
+    def _reap_late(self) -> None:
+        for daemon in self._unreaped:
+            daemon.reap()
+            if daemon.is_reaped:
+                daemon.close()
+        self._unreaped = [daemon for daemon in self._unreaped if not daemon.is_reaped]
+
     def _reap_dismissed(self) -> None:
         for daemon in self._dismissed:
-            daemon.wait()
+            daemon.reap()
+            if not daemon.is_reaped:
+                self._unreaped.append(daemon)
+        self._dismissed.clear()
 
 
 def _failed(message: str) -> dict[str, Any]:
