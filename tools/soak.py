@@ -44,7 +44,7 @@ class Worker(threading.Thread):
         self._number = number
         self._mount = mount
         self._ends = ends
-        self.died_at = 0.0
+        self.world: World | None = None
         self.worlds = 0
         self.stale = 0
         self.latencies: dict[str, list[float]] = {}
@@ -68,12 +68,12 @@ class Worker(threading.Thread):
         world = World(
             source, self._mount.path(name), patience_s=_PATIENCE_S, cuts_are_stale=self._mount.engine == "portable"
         )
+        self.world = world
         self.done.append(f"a new folder, {name}")
         try:
             for _ in range(_LONGEST):
                 if self._ends.is_set():
                     return
-                world.last_death = self.died_at
                 operation = self._chosen.choice(CHANGES if self._chosen.random() < 0.4 else USES)
                 self.done.append(operation)
                 world.do(operation, self._chosen)
@@ -124,8 +124,7 @@ class Soak:
 
     def _disturb(self) -> None:
         if self._chosen.random() < 0.7:
-            for worker in self._workers:
-                worker.died_at = time.monotonic()
+            self._note_death()
             self.mount.kill_daemon()
             self._kills += 1
         else:
@@ -137,8 +136,12 @@ class Soak:
             if done.returncode:
                 raise SystemExit(f"--replace: status {done.returncode}: {done.stderr}")
             self._replaces += 1
+        self._note_death()
+
+    def _note_death(self) -> None:
         for worker in self._workers:
-            worker.died_at = time.monotonic()
+            if worker.world is not None:
+                worker.world.last_death = time.monotonic()
 
     def _tell(self, *, last: bool = False) -> None:
         times: dict[str, list[float]] = {}

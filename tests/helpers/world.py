@@ -93,6 +93,7 @@ class World:
         os.makedirs(self._aside, exist_ok=True)
         self._root = Node(stat.S_IFDIR, mode=stat.S_IMODE(os.stat(source).st_mode))
         self._kept: list[Kept] = []
+        self._numbers: dict[int, Node] = {}  # every one that was ever seen
         self.latencies: dict[str, array[float]] = {}
         self.stale = 0
         self.last_death = 0.0
@@ -250,6 +251,8 @@ class World:
         os.rename(self._bare(path), self._bare(free[0]))
         free[1].children[free[2]] = folder.children.pop(name)
         node.change()
+        for _, _, _, below in self._all(node) if node.kind == stat.S_IFDIR else ():
+            below.changed_at = node.changed_at
 
     def unlink(self, chosen: random.Random) -> None:
         """A name goes."""
@@ -324,15 +327,20 @@ class World:
             self._compare_nlink(path, node, seen.st_nlink)
         self._compare_number(path, node, seen.st_ino)
 
+    def _is_unsure(self, node: Node) -> bool:
+        """Whether the mount may still show something else under its name."""
+        return time.monotonic() - node.changed_at < self._patience_s
+
     def _compare_nlink(self, what: str, node: Node, nlink: int) -> None:
         """Where the mount believes what it saw, another name's link shows within 60 s only."""
         assert nlink == node.nlink or self._patience_s, f"{what} has {nlink} links instead of {node.nlink}"
 
     def _compare_number(self, path: str, node: Node, number: int) -> None:
-        if node.number is None:
-            others = {other.number for _, _, _, other in self._all()} | {kept.node.number for kept in self._kept}
-            assert number not in others, f"{path} has the number of another file"
-            node.number = number
+        if node.number is None and self._is_unsure(node):
+            return  # its name may still mean what it meant before
+        owner = self._numbers.setdefault(number, node)
+        assert owner is node, f"{path} has the number of another file"
+        node.number = node.number or number
         assert number == node.number, f"{path} has another number"
 
     def look_for_nothing(self, chosen: random.Random) -> None:
@@ -406,14 +414,15 @@ class World:
 
     def keep_open(self, chosen: random.Random) -> None:
         """Open a file and keep the handle."""
-        if (place := self._one(chosen, stat.S_IFREG)) is not None:
+        place = self._one(chosen, stat.S_IFREG)
+        if place is not None and not (place[3].number is None and self._is_unsure(place[3])):
             fd = self._opened(place[0], lambda fd: self._compare_number(place[0], place[3], os.fstat(fd).st_ino))
             self._keep(Kept(place[3], fd))
 
     def keep_mapped(self, chosen: random.Random) -> None:
         """Map a file and keep the mapping."""
         place = self._one(chosen, stat.S_IFREG)
-        if place is not None and place[3].content:
+        if place is not None and place[3].content and not (place[3].number is None and self._is_unsure(place[3])):
             node = place[3]
 
             def whole(fd: int) -> None:

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from weightfs import control, ledger, systemd
+from weightfs import control, ledger, mounts, systemd
 from weightfs.config import MountConfig
 from weightfs.errors import BusyError, WeightfsError
 from weightfs.link import Message
@@ -380,7 +380,7 @@ class Supervisor:
         if not self._estate.is_ours:
             return
         systemd.notify("STOPPING=1")
-        if self._estate.is_kept:
+        if self._estate.is_kept and mounts.find(self.settings.mountpoint):  # a stop has unmounted it before
             self._estate.leave_to_manager()
             self._end_daemons()
             return
