@@ -25,7 +25,7 @@ _MOST_BYTES: Final = 200_000
 _MOST_KEPT: Final = 8
 _MOST_DEPTH: Final = 4
 YOUNG_S: Final = 2.5
-"""A file changed less than 2 s before a daemon died has views that its successor does not know."""
+"""A view opened less than 2 s after its file changed is not known to the daemon's successor."""
 
 
 @dataclass(eq=False)
@@ -510,8 +510,8 @@ class World:
             whole = kept.version == kept.node.version  # else it may end where the kernel's cached pages end
             assert seen == (snapshot if whole else snapshot[: len(seen)]), _differ("an open view", seen, snapshot)
         except OSError as e:
-            died_young = kept.opened_at < self.last_death < kept.node.changed_at + YOUNG_S
-            if e.errno != errno.ESTALE or (kept.version == kept.node.version and not died_young):
+            was_young = kept.opened_at < kept.node.changed_at + YOUNG_S and kept.opened_at < self.last_death
+            if e.errno != errno.ESTALE or (kept.version == kept.node.version and not was_young):
                 raise
             self.stale += 1
 

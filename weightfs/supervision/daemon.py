@@ -141,6 +141,18 @@ class Daemon:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
+    def is_half_dead(self) -> bool:
+        """Whether its first thread, which serves, has ended, and the process can't yet.
+
+        Another one may be in the kernel, telling it to drop pages that wait for a read: which nobody but a successor
+        will answer.
+        """
+        try:
+            with open(f"/proc/{self.pid}/stat") as file:
+                return file.read().rpartition(")")[2].split()[0] == "Z"
+        except OSError:
+            return False
+
     def wait(self) -> None:
         """Give one that was killed a moment to end, and reap it; what takes longer is left to whoever reaps orphans."""
         poll = select.poll()

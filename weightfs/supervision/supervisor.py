@@ -306,19 +306,21 @@ class Supervisor:
             if self._beats[1] >= _STUCK_TICKS:
                 log.error("daemon %d has not gone round for %d s: it is killed", daemon.pid, _STUCK_TICKS)
                 self._kill(daemon)
+            elif beat == last and daemon.is_half_dead():
+                self._pass_over(daemon)
 
     def _kill(self, daemon: Daemon) -> None:
         self._beats = (0, 0)
         daemon.kill()
 
-        def pass_over() -> None:
-            if self._serving is daemon:
-                log.error("daemon %d does not die: it is passed over", daemon.pid)
-                self._dismissed.append(daemon)
-                self._serving = None
-                self._succeed()
+        self._loop.after("pass-over", _DEAD_S, lambda: self._pass_over(daemon))
 
-        self._loop.after("pass-over", _DEAD_S, pass_over)
+    def _pass_over(self, daemon: Daemon) -> None:
+        if self._serving is daemon:
+            log.warning("daemon %d does not die: it is passed over", daemon.pid)
+            self._dismissed.append(daemon)
+            self._serving = None
+            self._succeed()
 
     # Replacement
 
