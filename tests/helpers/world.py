@@ -229,6 +229,7 @@ class World:
             node = Node(stat.S_IFLNK, target=chosen.choice([other for other in _NAMES if other != name]))
             os.symlink(node.target, self._bare(path))
             folder.children[name] = node
+            node.change()
 
     def mkdir(self, chosen: random.Random) -> None:
         """A folder."""
@@ -238,6 +239,7 @@ class World:
             os.mkdir(self._bare(path), 0o755)
             os.chmod(self._bare(path), 0o755)
             folder.children[name] = Node(stat.S_IFDIR, mode=0o755)
+            folder.children[name].change()
 
     def rename(self, chosen: random.Random) -> None:
         """A file, folder or symlink gets another name, maybe in another folder."""
