@@ -318,7 +318,8 @@ class Filesystem:
         opened = self._handles.get(inode)
         if opened is None:
             return None
-        fd = opened.kept[0] if opened.kept else opened.backing_fd
+        readable = opened.readable
+        fd = opened.kept[0] if opened.kept else readable.fd if readable is not None else None
         return self._source.fstat(fd) if fd is not None else None
 
     async def _source_attributes(self, inode: int, path: bytes, entry: SourceStat) -> Attributes:
@@ -385,7 +386,14 @@ class Filesystem:
 
     async def _view_attributes(self, inode: int) -> Attributes:
         parsed, position, npy = await self._view(inode)
-        entry = await self._current(parsed)
+        try:
+            entry = await self._current(parsed)
+        except StaleError:
+            # A folder above may have another name; whoever has it open still may ask.
+            opened = self._open_stat(inode)
+            if opened is None or opened.identity != parsed.identity:
+                raise
+            entry = opened
         return _tensor_attributes(inode, parsed, position, npy, entry)
 
     async def _current(self, parsed: ParsedFile) -> SourceStat:

@@ -9,10 +9,12 @@ import array
 import contextlib
 import os
 import socket
+import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Final
 
 _FIRST_FD: Final = 3
+_ANSWER_S: Final = 3.0
 
 
 def notify(state: str, fds: Sequence[int] = ()) -> None:
@@ -34,6 +36,25 @@ def keep(name: str, fd: int) -> None:
 def discard(name: str) -> None:
     """Have it close what it holds under a name."""
     notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+
+def is_stopping(unit: str) -> bool:
+    """Whether systemd is stopping a unit for good, and not in order to start it again.
+
+    Where it can't be asked, yes: a mount that nobody serves would hold up whoever touches it.
+    """
+    try:
+        done = subprocess.run(
+            ["systemctl", "list-jobs", "--no-legend", "--no-pager", "--plain", "--", unit],
+            capture_output=True,
+            text=True,
+            timeout=_ANSWER_S,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return True
+    jobs = [line.split() for line in done.stdout.splitlines()]  # id, unit, type, state
+    return done.returncode != 0 or any(job[1:3] == [unit, "stop"] for job in jobs)
 
 
 def kept(environment: Mapping[str, str], pid: int) -> dict[str, int]:

@@ -198,6 +198,19 @@ def test_a_file_closed_while_it_is_asked_for_is_not_told(
         os.close(fd)
 
 
+def test_an_open_view_outlives_the_name_of_a_folder_above(fs: Filesystem, root: str, handles: HandleTable) -> None:
+    """Its file is what it was."""
+    view = find(fs, "one/.tensors/m/a")
+    opened(fs, view.inode)
+    before = read(fs, view.inode)
+    os.rename(f"{root}/one", f"{root}/two")
+    assert run(fs.getattr, view.inode).size == view.size
+    assert read(fs, view.inode) == before
+    handles.discard(view.inode, 1)
+    with pytest.raises(StaleError):
+        run(fs.getattr, view.inode)
+
+
 def test_a_changed_file_makes_its_views_stale_and_new_ones_new(fs: Filesystem, root: str, settled: Later) -> None:
     old = find(fs, "one/.tensors/m/a")
     opened(fs, old.inode)

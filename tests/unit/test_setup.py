@@ -171,7 +171,9 @@ def test_systemd_understands_the_units(root: Path) -> None:
             ["systemd-analyze", "verify", "--man=no", str(folder / name)],
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
-        about_ours = [line for line in done.stderr.splitlines() if "weightfs" in line]
+        # Debian 12's systemd does not know that key (254 does), and keeps descriptors over a restart without it.
+        lines = (line for line in done.stderr.splitlines() if "FileDescriptorStorePreserve" not in line)
+        about_ours = [line for line in lines if "weightfs" in line]
         assert about_ours == []
 
 

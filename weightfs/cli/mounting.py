@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
-from weightfs import mounts
+from weightfs import mounts, systemd
 from weightfs.cli.output import announce, emit, human_bytes, printable, reporting, say
 from weightfs.config import MountConfig, mount_config
 from weightfs.control import error_from
@@ -160,6 +160,7 @@ def _read_line(fd: int, timeout_s: float) -> bytes | None:
 def umount(
     mountpoint: Annotated[str, typer.Argument(help="Where it is mounted.")],
     lazy: Annotated[bool, typer.Option("--lazy", help="Take the name away now, let users finish.")] = False,
+    if_stopping: Annotated[str | None, typer.Option(hidden=True)] = None,
     as_json: Json = False,
 ) -> None:
     """End a mount cleanly.
@@ -167,6 +168,8 @@ def umount(
     Example: weightfs umount /models
     """
     with reporting(as_json=as_json):
+        if if_stopping is not None and not systemd.is_stopping(if_stopping):
+            return  # it is to be started again, and goes on with this mount
         here = _find(mountpoint)
         said = _status_of(here)
         if said is None:  # who waits for it would wait for ever

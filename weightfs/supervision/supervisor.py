@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from weightfs import control, ledger, systemd
+from weightfs import control, ledger, mounts, systemd
 from weightfs.config import MountConfig
 from weightfs.errors import BusyError, WeightfsError
 from weightfs.link import Message
@@ -324,15 +324,14 @@ class Supervisor:
     def _kill(self, daemon: Daemon) -> None:
         self._beats = (0, 0)
         daemon.kill()
+        self._loop.after("pass-over", _DEAD_S, lambda: self._pass_over(daemon))
 
-        def pass_over() -> None:
-            if self._serving is daemon:
-                log.error("daemon %d does not die: it is passed over", daemon.pid)
-                self._dismissed.append(daemon)
-                self._serving = None
-                self._succeed()
-
-        self._loop.after("pass-over", _DEAD_S, pass_over)
+    def _pass_over(self, daemon: Daemon) -> None:
+        if self._serving is daemon:
+            log.warning("daemon %d does not die: it is passed over", daemon.pid)
+            self._dismissed.append(daemon)
+            self._serving = None
+            self._succeed()
 
     # Replacement
 
@@ -394,7 +393,7 @@ class Supervisor:
         if not self._estate.is_ours:
             return
         systemd.notify("STOPPING=1")
-        if self._estate.is_kept:
+        if self._estate.is_kept and mounts.find(self.settings.mountpoint):  # a stop has unmounted it before
             self._estate.leave_to_manager()
             self._end_daemons()
             return
