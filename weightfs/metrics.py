@@ -43,6 +43,11 @@ class _Collector(Collector):
         yield CounterMetricFamily(
             "weightfs_requests_expired", "Requests past their deadline", status["requests_expired"]
         )
+        yield CounterMetricFamily(
+            "weightfs_requests_poisoned", "Requests that two daemons died of", status["requests_poisoned"]
+        )
+        yield CounterMetricFamily("weightfs_daemon_deaths", "Daemons of this mount that died", status["deaths"])
+        yield GaugeMetricFamily("weightfs_watched_folders", "Watched for changes", status["watch"].get("folders", 0))
         requests = CounterMetricFamily("weightfs_requests", "Requests that reached user space", labels=["operation"])
         for operation, count in status["requests"].items():
             requests.add_metric([operation], count)

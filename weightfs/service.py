@@ -213,7 +213,7 @@ class Service:
             # Not through the mount: the kernel may be asking us something at this very moment.
             await trio.to_thread.run_sync(mounts.raise_readahead, here, _READAHEAD_KIB)
         if self._control is not None:
-            nursery.start_soon(control_server.serve, self._control, {"status": self._control_status})
+            nursery.start_soon(control_server.serve, self._control, self._commands())
         if self.config.metrics_listen:
             metrics.serve(listen_address(self.config.metrics_listen), self.status)
 
@@ -348,6 +348,14 @@ class Service:
             "resident_bytes": None,
             "prefetch": None,
         }
+
+    def _commands(self) -> dict[str, control_server.Command]:
+        return {"status": self._control_status, "crawl": self._control_crawl}
+
+    async def _control_crawl(self, request: Mapping[str, Any], peer: Peer) -> dict[str, Any]:
+        assert self._indexer is not None
+        self._indexer.again()
+        return {"indexing": self._indexer.status()}
 
     async def _control_status(self, request: Mapping[str, Any], peer: Peer) -> dict[str, Any]:
         return await trio.to_thread.run_sync(self.status)

@@ -22,6 +22,9 @@ STATUS: dict[str, Any] = {
     "headers_parsed": 7,
     "bytes_read": 1 << 50,
     "requests_expired": 1,
+    "requests_poisoned": 2,
+    "deaths": 4,
+    "watch": {"state": "inotify", "folders": 11},
     "requests": {"lookup": 5, "read": 9, "opcode_99": 1},
 }
 
@@ -45,6 +48,9 @@ def test_the_text_says_what_the_status_says() -> None:
         "weightfs_headers_parsed_total": 7,
         "weightfs_read_bytes_total": 1 << 50,
         "weightfs_requests_expired_total": 1,
+        "weightfs_requests_poisoned_total": 2,
+        "weightfs_daemon_deaths_total": 4,
+        "weightfs_watched_folders": 11,
         "weightfs_requests_total{operation=lookup}": 5,
         "weightfs_requests_total{operation=read}": 9,
         "weightfs_requests_total{operation=opcode_99}": 1,

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, NoReturn
 import typer
 
 from weightfs import mounts, systemd
-from weightfs.cli.output import announce, emit, human_bytes, printable, reporting, say
+from weightfs.cli.output import announce, emit, fail, human_bytes, printable, reporting, say
 from weightfs.config import MountConfig, mount_config
 from weightfs.control import error_from
 from weightfs.errors import BusyError, WeightfsError
@@ -243,7 +243,8 @@ def status(
             for said in documents:
                 _show(said)
         if any(said["engine"] is None for said in documents):
-            raise BusyError("a mount does not answer", mend="weightfs umount --lazy, then mount again")
+            error = BusyError("a mount does not answer", mend="weightfs umount --lazy, then mount again")
+            fail(error, as_json=False)  # the one document on stdout is that of the mounts
 
 
 def _show(said: dict[str, Any]) -> None:
