@@ -33,6 +33,7 @@ from weightfs.formats.shards import MAX_INDEX_BYTES
 from weightfs.headers import is_settled, read_record, slot_of
 from weightfs.index.schema import FileRecord
 from weightfs.index.store import IndexStore
+from weightfs.index.young import YoungFile
 from weightfs.model import read_exactly
 from weightfs.source.base import Source, SourceStat
 
@@ -141,6 +142,8 @@ class Library:
             self._index.put_file(slot, record)
         if settled and record.base and self._index.owner_of_view(record.base) != (identity, path, name):
             self._index.put_owner(record.base, identity, path, name)
+        if record.base and not settled:
+            self._index.put_young(YoungFile(identity, path, name, record))
         found = ParsedFile(identity, path, name, record, settled)
         self._remember(found)
         return found
@@ -205,10 +208,12 @@ class Library:
         if found is None or not _holds(found.record, inode):
             owner = self._index.owner_of_view(inode)
             record = self._index.file(slot_of(owner[0], owner[2])) if owner else None
-            if owner is None or record is None or not _holds(record, inode):
+            if owner is not None and record is not None and _holds(record, inode):
+                found = ParsedFile(owner[0], owner[1], owner[2], record, settled=True)
+            elif (young := self._index.young_file(inode)) is not None:
+                found = ParsedFile(young.identity, young.path, young.name, young.record, settled=False)
+            else:
                 return None
-            identity, path, name = owner
-            found = ParsedFile(identity, path, name, record, settled=True)
             self._remember(found)
         position, npy = divmod(inode - found.record.base, 2)
         return found, position, bool(npy)

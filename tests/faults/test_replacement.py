@@ -38,7 +38,7 @@ SLOWEST_S = 5.0
 
 SAYS = {"service.py": [('            "uptime_s":', '            "version": "the other one",\n            "uptime_s":')]}
 """A version that can be told from this one by its status."""
-PREPARED = '        self._link.say({"prepared": {}})\n'
+PREPARED = '        self._link.say({"prepared": {"canary": canary.native_id}})\n'
 LATE = {"service.py": [(PREPARED, "        await trio.sleep(2)\n" + PREPARED)]}
 DYING = {"service.py": [(PREPARED, "        os.kill(os.getpid(), signal.SIGKILL)\n")]}
 OTHER_INIT = {"channel.py": [("    max_background: int = 64\n", "    max_background: int = 65\n")]}

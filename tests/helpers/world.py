@@ -512,8 +512,7 @@ class World:
             whole = kept.version == kept.node.version  # else it may end where the kernel's cached pages end
             assert seen == (snapshot if whole else snapshot[: len(seen)]), _differ("an open view", seen, snapshot)
         except OSError as e:
-            was_young = kept.opened_at < kept.node.changed_at + YOUNG_S and kept.opened_at < self.last_death
-            if e.errno != errno.ESTALE or (kept.version == kept.node.version and not was_young):
+            if e.errno != errno.ESTALE or kept.version == kept.node.version:
                 raise
             self.stale += 1
 

@@ -30,6 +30,7 @@ import lmdb
 import msgspec
 
 from weightfs.errors import IndexStoreError, UnfitError
+from weightfs.index import young
 from weightfs.index.schema import (
     IDENTITY_BYTES,
     MIGRATIONS,
@@ -137,6 +138,7 @@ class IndexStore:
         self._source = source
         self._journal = journal
         self._may_be_damaged = check
+        self._young = young.YoungFiles(journal.append if journal is not None else lambda *_: None)
         self._path = os.path.join(folder, "index.lmdb")
         self._lock = threading.RLock()
         self._wake = threading.Event()
@@ -294,6 +296,9 @@ class IndexStore:
         if self._journal is None:
             return
         for room, key, value in self._journal.records():
+            if room == young.ROOM:
+                self._young.take_over(key, value)
+                continue
             self._overlay[room, key] = value
             if room == b"bases":
                 bisect.insort(self._pending_bases, int.from_bytes(key, "big"))
@@ -487,9 +492,20 @@ class IndexStore:
             self.put_file(content, record)
             return record
 
+    def put_young(self, file: young.YoungFile) -> None:
+        """Remember, for this mount only, a header that is too young to be recorded."""
+        with self._lock:
+            self._young.put(file)
+
+    def young_file(self, inode: int) -> young.YoungFile | None:
+        """Whose view `inode` is, if that was put by `put_young` and is not recorded yet."""
+        with self._lock:
+            return self._young.find(inode)
+
     def put_owner(self, base: int, identity: bytes, path: bytes, name: str) -> None:
         """Remember which content a run of views belongs to, and where and as what that was last seen."""
         with self._lock:
+            self._young.drop(base)
             if base not in self._pending_bases:
                 bisect.insort(self._pending_bases, base)
             self._put(b"bases", base.to_bytes(8, "big"), identity + msgspec.msgpack.encode((path, name)))
@@ -645,6 +661,7 @@ class IndexStore:
                 self._pending_bases.clear()
                 if self._journal is not None:
                     self._journal.clear()
+                    self._young.note_again()
 
     def _sync(self) -> None:
         if (env := self._env) is not None:
