@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import pyfuse3
 import trio
@@ -52,31 +52,43 @@ _FUSE: Final = 0x65735546
 STATUS_SCHEMA: Final = 1
 
 
+class Descriptors(NamedTuple):
+    """What a daemon inherits; all of it stays the supervisor's as well.
+
+    Attributes:
+        kernel: /dev/fuse, mounted, non-blocking.
+        ledger: see `weightfs.ledger`.
+        source: the source folder.
+        control: the listening control socket, if there is one.
+    """
+
+    kernel: int
+    ledger: int
+    source: int
+    control: int | None
+
+
 class Service:
     """One mount, served by this process."""
 
-    def __init__(
-        self, config: MountConfig, kernel_fd: int, ledger: Ledger, control: socket.socket | None, link: Link
-    ) -> None:
+    def __init__(self, config: MountConfig, inherited: Descriptors, link: Link) -> None:
         """Prepare, without touching what a daemon that still serves may use.
 
         Args:
             config: of the mount.
-            kernel_fd: /dev/fuse, mounted, non-blocking; stays the caller's.
-            ledger: of the mount.
-            control: the listening control socket, if there is one; stays the caller's.
+            inherited: from the supervisor.
             link: to the supervisor.
 
         Raises:
             UsageError, UnfitError.
         """
         self.config = config
-        self._kernel_fd = kernel_fd
-        self._ledger = ledger
-        self._control = control
+        self._kernel_fd = inherited.kernel
+        self._ledger = ledger = Ledger(inherited.ledger)
+        self._control = socket.socket(fileno=inherited.control) if inherited.control is not None else None
         self._link = link
         self._keeper = SupervisedKeeper(ledger, link)
-        self._source = LocalSource(config.source)
+        self._source = LocalSource(config.source, descriptor=inherited.source)
         self._handles = HandleTable(keeper=self._keeper)
         self._operations = FuseOperations(timeout_s=config.attribute_timeout_s)
         self._index: IndexStore | None = None
@@ -93,7 +105,7 @@ class Service:
         self._beliefs: Beliefs | None = None
         self._unwatched = "asked for"
         self._channel = Channel(
-            kernel_fd,
+            inherited.kernel,
             self._handles,
             lambda nodeid: self._serving().listing_end(nodeid),
             lambda nodeid: self._serving().reopen(nodeid),
@@ -364,7 +376,7 @@ class Service:
         return json.dumps(self.status(), indent=1).encode() + b"\n"
 
 
-def serve(config: MountConfig, kernel_fd: int, ledger_fd: int, control_fd: int | None, link: Link) -> None:
+def serve(config: MountConfig, inherited: Descriptors, link: Link) -> None:
     """Prepare, and serve a mounted kernel descriptor when the supervisor says so, until the end.
 
     Raises:
@@ -373,8 +385,7 @@ def serve(config: MountConfig, kernel_fd: int, ledger_fd: int, control_fd: int |
     os.umask(0o077)
     # At the default of 5 ms a thread that computes makes every reply wait that long for the interpreter.
     sys.setswitchinterval(0.0005)
-    control = socket.socket(fileno=control_fd) if control_fd is not None else None
-    service = Service(config, kernel_fd, Ledger(ledger_fd), control, link)
+    service = Service(config, inherited, link)
     try:
         trio.run(service.run)
     except* WeightfsError as group:

@@ -15,7 +15,7 @@ from weightfs.control import error_document
 from weightfs.errors import WeightfsError
 from weightfs.link import Link
 from weightfs.logs import log_to
-from weightfs.service import serve
+from weightfs.service import Descriptors, serve
 
 
 def main() -> None:
@@ -29,7 +29,8 @@ def main() -> None:
     settings = MountConfig(**order["settings"])
     log_to(order["log_file"], settings.log_level)
     try:
-        serve(settings, order["kernel_fd"], order["ledger_fd"], order["control_fd"], link)
+        descriptors = Descriptors(*(order[f"{name}_fd"] for name in Descriptors._fields))
+        serve(settings, descriptors, link)
     except WeightfsError as e:
         logging.getLogger("weightfs").error("%s", e)
         link.say({"error": error_document(e)})

@@ -48,14 +48,14 @@ class LocalSource:
     def __init__(self, root: str, *, descriptor: int | None = None) -> None:
         """Open `root`, symlinks in the path to it resolved once, here.
 
-        With a `descriptor` that folder is the root whatever lies at its path now (a mount, possibly ours); it is owned
-        from here on.
+        With a `descriptor` that folder is the root whatever lies at its path now (a mount, possibly ours, which must
+        not be touched); it is owned from here on, and `root` is resolved already.
 
         Raises:
             UsageError: there is no such folder.
             UnfitError: the kernel has no openat2 (Linux 5.6).
         """
-        self.name = os.path.realpath(root)
+        self.name = root if descriptor is not None else os.path.realpath(root)
         try:
             flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
             self._root = os.open(self.name, flags) if descriptor is None else descriptor

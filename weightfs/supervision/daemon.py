@@ -97,7 +97,7 @@ class Daemon:
         link, theirs = Link.pair()
         control_fd = estate.control.fileno() if estate.control is not None else None
         with theirs:
-            inherited = (theirs.fileno(), estate.kernel_fd, estate.ledger_fd, control_fd)
+            inherited = (theirs.fileno(), estate.kernel_fd, estate.ledger_fd, estate.source_fd, control_fd)
             process = subprocess.Popen(
                 version.command("daemon", str(theirs.fileno())),
                 stdin=subprocess.DEVNULL,
@@ -110,6 +110,7 @@ class Daemon:
             "settings": dict(version.settings),
             "kernel_fd": estate.kernel_fd,
             "ledger_fd": estate.ledger_fd,
+            "source_fd": estate.source_fd,
             "control_fd": control_fd,
             "log_file": log_file,
         }

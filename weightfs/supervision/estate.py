@@ -22,8 +22,7 @@ from weightfs.errors import UsageError, WeightfsError
 
 log = logging.getLogger(__name__)
 
-_KERNEL_NAME: Final = "weightfs-kernel"
-_LEDGER_NAME: Final = "weightfs-ledger"
+_NAMES: Final = ("weightfs-kernel", "weightfs-ledger", "weightfs-source")
 _HELD_NAME: Final = "weightfs-held-"
 _REQUEST_BYTES: Final = 64 << 10
 _MOST_WAITING: Final = 100_000
@@ -36,6 +35,7 @@ class Estate:
     Attributes:
         kernel_fd: /dev/fuse, mounted, non-blocking.
         ledger_fd: see `weightfs.ledger`.
+        source_fd: the source folder, which may have another name by now, or none.
         held: a descriptor of every file that is open, by inode.
         mounted_at: on the monotonic clock.
         is_kept: whether a service manager keeps it beyond this process.
@@ -48,6 +48,7 @@ class Estate:
 
     kernel_fd: int
     ledger_fd: int
+    source_fd: int
     held: dict[int, int] = field(default_factory=dict)
     mounted_at: float = field(default_factory=time.monotonic)
     is_kept: bool = False
@@ -64,30 +65,34 @@ class Estate:
         Raises:
             WeightfsError: there is no source, or it can't be mounted there.
         """
-        if not os.path.isdir(settings.source):  # before anything covers the mountpoint
-            raise UsageError("can't serve it: no such folder", path=settings.source, mend="name an existing folder")
+        try:
+            source_fd = os.open(settings.source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as e:
+            raise UsageError(
+                f"can't serve it: {os.strerror(e.errno or 0)}", path=settings.source, mend="name an existing folder"
+            ) from e
         mounts.clear_stale(settings.mountpoint)
         kernel_fd = mounts.mount(settings.source, settings.mountpoint, for_others=settings.for_others)
-        self = cls(kernel_fd=kernel_fd, ledger_fd=ledger.create(), is_kept=_has_keeper())
+        self = cls(kernel_fd=kernel_fd, ledger_fd=ledger.create(), source_fd=source_fd, is_kept=_has_keeper())
         if self.is_kept:
-            systemd.keep(_KERNEL_NAME, self.kernel_fd)
-            systemd.keep(_LEDGER_NAME, self.ledger_fd)
+            for name, fd in zip(_NAMES, (self.kernel_fd, self.ledger_fd, self.source_fd), strict=True):
+                systemd.keep(name, fd)
         return self
 
     @classmethod
     def from_manager(cls, settings: MountConfig) -> Estate | None:
         """What the service manager kept, if that still is a mount."""
         kept = systemd.kept(os.environ, os.getpid())
-        kernel, book = kept.pop(_KERNEL_NAME, None), kept.pop(_LEDGER_NAME, None)
+        three = [kept.pop(name) for name in _NAMES if name in kept]
         held = {int(name[len(_HELD_NAME) :], 16): fd for name, fd in kept.items() if name.startswith(_HELD_NAME)}
         for inode in held:  # from now on they change with every open
             systemd.discard(f"{_HELD_NAME}{inode:x}")
-        if kernel is not None and book is not None and not _is_dead(kernel) and mounts.find(settings.mountpoint):
-            return cls(kernel_fd=kernel, ledger_fd=book, held=held, is_kept=_has_keeper())
-        for fd in (kernel, book, *held.values()):
-            if fd is not None:
-                os.close(fd)
-        for name in (_KERNEL_NAME, _LEDGER_NAME):
+        if len(three) == len(_NAMES) and not _is_dead(three[0]) and mounts.find(settings.mountpoint):
+            kernel, book, source = three
+            return cls(kernel_fd=kernel, ledger_fd=book, source_fd=source, held=held, is_kept=_has_keeper())
+        for fd in (*three, *held.values()):
+            os.close(fd)
+        for name in _NAMES:
             systemd.discard(name)
         return None
 
@@ -97,6 +102,7 @@ class Estate:
         self = cls(
             kernel_fd=document["kernel_fd"],
             ledger_fd=document["ledger_fd"],
+            source_fd=document["source_fd"],
             held={int(inode): fd for inode, fd in document["held"]},
             mounted_at=document["mounted_at"],
             is_kept=document["is_kept"],
@@ -112,6 +118,7 @@ class Estate:
         return {
             "kernel_fd": self.kernel_fd,
             "ledger_fd": self.ledger_fd,
+            "source_fd": self.source_fd,
             "held": list(self.held.items()),
             "mounted_at": self.mounted_at,
             "is_kept": self.is_kept,
@@ -123,7 +130,7 @@ class Estate:
     def set_inheritable(self, inheritable: bool) -> None:
         """Whether all of it stays open across exec."""
         sockets = [one.fileno() for one in (self.listener, self.control) if one is not None]
-        for fd in (self.kernel_fd, self.ledger_fd, *self.held.values(), *sockets):
+        for fd in (self.kernel_fd, self.ledger_fd, self.source_fd, *self.held.values(), *sockets):
             os.set_inheritable(fd, inheritable)
 
     def listen(self, settings: MountConfig) -> None:
@@ -199,7 +206,7 @@ class Estate:
                 if os.stat(path).st_ino == inode:  # else another mount has its own there by now
                     os.unlink(path)
         if self.is_kept and not mounts.find(settings.mountpoint):
-            for name in (_KERNEL_NAME, _LEDGER_NAME):
+            for name in _NAMES:
                 systemd.discard(name)
 
 

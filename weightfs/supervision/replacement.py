@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 HANDOFF_VERSION: Final = 1
 _HANDED_OFF: Final = (
-    "kernel_fd", "ledger_fd", "held", "mounted_at", "is_kept", "listener_fd", "control_fd", "places",
+    "kernel_fd", "ledger_fd", "source_fd", "held", "mounted_at", "is_kept", "listener_fd", "control_fd", "places",
     "settings", "daemon", "log_file",
 )  # fmt: skip
 _REQUEST_S: Final = 5.0
