@@ -33,6 +33,7 @@ from weightfs.errors import UnfitError, WeightfsError
 from weightfs.filesystem import Filesystem, FilesystemConfig
 from weightfs.fuse import FuseOperations, errno_of
 from weightfs.handles import HandleTable
+from weightfs.index.opening import can_open
 from weightfs.index.store import IndexStore
 from weightfs.indexing import Indexer
 from weightfs.keeping import SupervisedKeeper, adopt
@@ -130,7 +131,7 @@ class Service:
             IndexStoreError: the index can't be kept.
         """
         if self._ledger.init_request:
-            IndexStore.can_open(self.config.state_folder)
+            can_open(self.config.state_folder)
         channel = self._channel
         pyfuse3.init(self._operations, channel.mountpoint, set(pyfuse3.default_options))
         try:

@@ -38,7 +38,9 @@ SLEEPS = {
 }  # fmt: skip
 WAITS_IN_THE_KERNEL = {
     **SLEEPS,
-    "channel.py": [("        return time.monotonic() - min(asked, default=time.monotonic())", "        return 0.0")],
+    "outstanding.py": [
+        ("        return time.monotonic() - min(asked, default=time.monotonic())", "        return 0.0")
+    ],
 }
 
 

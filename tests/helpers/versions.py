@@ -40,16 +40,21 @@ DEATHS: Final = {
         _IMPORT,
         ("            self.requests[opcode] += 1\n", "            self.requests[opcode] += 1\n"
          "            dying.at(f'read-{int(opcode)}')\n            dying.always_at(f'always-{int(opcode)}')\n"),
-        ("                self._handles.discard(nodeid, handle)\n                self._reply_error(unique, 0)\n",
+        ("                self._handles.discard(nodeid, handle)\n                self._kernel.answer(unique, 0)\n",
          "                self._handles.discard(nodeid, handle)\n                dying.at('released')\n"
-         "                self._reply_error(unique, 0)\n                dying.at('release-answered')\n"),
-        ("    def _open_backing(self, fd: int) -> int | None:\n        try:\n",
-         "    def _open_backing(self, fd: int) -> int | None:\n        try:\n"
+         "                self._kernel.answer(unique, 0)\n                dying.at('release-answered')\n"),
+    ],
+    "kernel.py": [
+        ("from weightfs import wire\n", "from weightfs import dying, wire\n"),
+        ("            # Mutable, so that Python",
          "            if os.path.exists(os.path.join(dying.FOLDER, 'backing-made')):\n"
-         "                fcntl.ioctl(self._kernel, wire.BACKING_OPEN, bytearray(wire.BACKING_MAP.pack(fd, 0, 0)))\n"
-         "            dying.at('backing-made')\n"),
-        ("        elif not self._write([message]):\n            self._handles.discard(nodeid, handle)  #",
-         "        elif dying.at('open-noted') or not self._write([message]) or dying.at('open-answered'):\n"
+         "                fcntl.ioctl(self.fd, wire.BACKING_OPEN, bytearray(wire.BACKING_MAP.pack(fd, 0, 0)))\n"
+         "            dying.at('backing-made')\n            # Mutable, so that Python"),
+    ],
+    "opens.py": [
+        ("from weightfs import wire\n", "from weightfs import dying, wire\n"),
+        ("        elif not self._kernel.write([message]):\n            self._handles.discard(nodeid, handle)  #",
+         "        elif dying.at('open-noted') or not self._kernel.write([message]) or dying.at('open-answered'):\n"
          "            self._handles.discard(nodeid, handle)  #"),
     ],
     "filesystem.py": [

@@ -15,7 +15,7 @@ import trio.testing
 
 from tests.unit.fake_kernel import INIT_IN, request, stage
 from weightfs import channel as module
-from weightfs import wire
+from weightfs import reads, wire
 from weightfs.wire import Opcode
 
 INIT_OUT = struct.Struct("<IIIIHHIIHHIIH22x")
@@ -95,7 +95,7 @@ def test_init_is_negotiated(passthrough: bool, offered: bool) -> None:
             assert depth == (passthrough and offered)
             assert (background, congestion) == (64, 48)
             assert write == 4096
-            assert pages * 4096 == module._READ_BYTES
+            assert pages * 4096 == reads.READ_BYTES
 
     run(main)
 
@@ -238,7 +238,7 @@ def test_an_unprivileged_pair_is_as_large_as_it_may_be(monkeypatch: pytest.Monke
             patch.setattr(socket.socket, "setsockopt", unprivileged)
             async with stage() as on:
                 limit = on.channel._ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-                assert on.channel._reserve_bytes == limit // 2
+                assert on.channel._outstanding._room_bytes == limit // 2
                 assert limit // 2 > module._REPLY_BYTES + module._SMALL_REPLY_BYTES, "one listing must fit"
 
     run(main)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import struct
 
 import pytest
 
 from tests.unit.fake_kernel import INIT_IN, Bytes, stage
 from tests.unit.test_channel import init_reply, run
-from weightfs import channel as module
 from weightfs import wire
 from weightfs.wire import Opcode
 
@@ -73,7 +73,7 @@ def test_a_backing_file_is_opened_once_an_inode_and_given_back(monkeypatch: pyte
         calls.append((number, bytes(argument)))
         return 9
 
-    monkeypatch.setattr(module.fcntl, "ioctl", ioctl)  # type: ignore[attr-defined]
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
 
     async def main() -> None:
         async with stage(passthrough=True) as on:
@@ -140,6 +140,6 @@ def test_interrupts_are_dropped_and_forgets_passed_on() -> None:
             ]
             assert [await on.pyfuse3.receive(), await on.pyfuse3.receive()] == sent
             assert await on.kernel.silent()
-            assert not on.channel._pending
+            assert not on.channel._outstanding
 
     run(main)

@@ -109,7 +109,7 @@ def test_a_reopen_not_answered_in_time(short: float) -> None:
             async def slow(_: int) -> None:
                 await gate.wait()
 
-            on.channel._reopen = slow
+            on.channel._reads._reopen = slow
             assert (await read(on, 100, 0, 20)).error == errno.EIO
             gate.set()
             assert await on.kernel.silent()
@@ -161,7 +161,7 @@ def test_replies_never_find_the_socket_full(opcode: int, count: int, body: bytes
                     try:
                         message = on.pyfuse3.socket.recv(1 << 17)
                     except BlockingIOError:
-                        if on.channel._room.is_set() or not batch:
+                        if on.channel._outstanding._room.is_set() or not batch:
                             await trio.lowlevel.checkpoint()
                         before = len(batch)
                         await trio.testing.wait_all_tasks_blocked(0.003)
@@ -192,7 +192,7 @@ def test_a_pyfuse3_that_never_answers_costs_deadlines_and_no_more(short: float) 
             assert {reply.error for reply in errors} == {errno.EIO}
             assert len({reply.unique for reply in errors}) == count
             assert on.channel.expired == count
-            assert not on.channel._pending
+            assert not on.channel._outstanding
             scope.cancel()
 
     run(main)
@@ -204,7 +204,7 @@ def test_reads_are_answered_while_no_reply_has_room() -> None:
     async def main() -> None:
         async with stage() as on:
             await on.open(5, 77, Bytes(DATA))
-            before = on.channel._reserve_bytes
+            before = on.channel._outstanding._room_bytes
             for unique in range(200, 210):
                 await on.kernel.ask(Opcode.LOOKUP, unique, 1, b"x\0")
                 await on.read(unique + 1000, 5, 77, 0, 10)
@@ -213,7 +213,7 @@ def test_reads_are_answered_while_no_reply_has_room() -> None:
             for _ in range(10):
                 on.pyfuse3.reply((await on.pyfuse3.request())[1])
                 await on.kernel.reply()
-            assert on.channel._reserve_bytes == before
+            assert on.channel._outstanding._room_bytes == before
 
     run(main)
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.fake_kernel import Bytes, Reply, Stage, stage
 from tests.unit.test_channel import run
-from weightfs import channel as module
+from weightfs import reads
 from weightfs.errors import ShortReadError, StaleError
 from weightfs.handles import Place
 from weightfs.wire import Opcode
@@ -39,7 +39,7 @@ def test_reads_are_answered_from_the_readable() -> None:
             assert on.channel.bytes_read == total
             assert on.channel.requests[Opcode.READ] == len(ranges)
             assert await on.pyfuse3.silent()
-            assert not on.channel._pending
+            assert not on.channel._outstanding
 
     run(main)
 
@@ -48,7 +48,7 @@ def test_a_read_larger_than_was_agreed_is_cut() -> None:
     async def main() -> None:
         async with stage() as on:
             await on.open(5, 77, Bytes(DATA))
-            assert (await read(on, 100, 0, 1 << 30)).body == DATA[: module._READ_BYTES]
+            assert (await read(on, 100, 0, 1 << 30)).body == DATA[: reads.READ_BYTES]
 
     run(main)
 

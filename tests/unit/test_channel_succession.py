@@ -216,8 +216,8 @@ def test_backing_ids_left_behind_are_closed(book: Ledger, monkeypatch: pytest.Mo
 
     async def main() -> None:
         async with stage(book=book, passthrough=True) as on:
-            monkeypatch.setattr(on.channel, "_close_backing_id", closed.append)
-            on.channel.passthrough = True
+            monkeypatch.setattr(on.channel._kernel, "close_backing", closed.append)
+            on.channel._negotiation.passthrough = True
             on.channel._resume([3])
 
     trio.run(main)

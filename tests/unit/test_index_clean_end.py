@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.support import python
 from tests.unit.test_index_store import ENTRY
-from weightfs.index import store
+from weightfs.index import opening
 from weightfs.index.store import IndexStore
 
 # The mark of a clean end
@@ -24,7 +24,7 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         commands.append(command)
         return run(command, **options)  # type: ignore[call-overload]
 
-    monkeypatch.setattr(store.subprocess, "run", recorded)  # type: ignore[attr-defined]
+    monkeypatch.setattr(opening.subprocess, "run", recorded)  # type: ignore[attr-defined]
     return commands
 
 
@@ -78,4 +78,4 @@ def test_walk_counts_the_records(state: str) -> None:
     for number in range(10):
         index.put_entry(number, ENTRY)
     index.close()
-    assert store.walk(os.path.join(state, "index.lmdb")) == 10 + 2  # and meta's own two
+    assert opening.walk(os.path.join(state, "index.lmdb")) == 10 + 2  # and meta's own two

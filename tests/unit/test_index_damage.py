@@ -9,9 +9,10 @@ from collections.abc import Callable
 import pytest
 
 from tests.unit.support import python
-from weightfs.index import store
+from weightfs.index import opening
 from weightfs.index.schema import SCHEMA, EntryRecord, Kind, new_epoch
-from weightfs.index.store import CorruptIndexError, IndexStore
+from weightfs.index.seals import CorruptIndexError
+from weightfs.index.store import IndexStore
 
 ENTRY = EntryRecord(Kind.SOURCE, 1, b"model.safetensors", b"k" * 16)
 PAGE = 4096
@@ -24,7 +25,7 @@ def filled(state: str, records: int = 50) -> tuple[str, int]:
         index.put_entry(number, ENTRY)
         index.put_number(b"key%d" % number, index.take())
     index.close()
-    return index._path, index.epoch
+    return index._files.path, index.epoch
 
 
 def asides(state: str) -> list[str]:
@@ -126,7 +127,7 @@ def test_another_sources_index_is_foreign(state: str) -> None:
 
 
 def test_another_schema_is_set_aside(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "SCHEMA", SCHEMA + 1)
+    monkeypatch.setattr(opening, "SCHEMA", SCHEMA + 1)
     _, epoch = filled(state)
     monkeypatch.undo()
     index = IndexStore(state, "source", epoch_after=epoch)
@@ -182,7 +183,7 @@ def test_one_that_was_set_aside_is_kept_not_all(state: str) -> None:
 def test_a_walk_that_does_not_end_counts_as_damage(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = filled(state)
     os.unlink(path + ".clean")
-    monkeypatch.setattr(store, "_CHECK_TIMEOUT_S", 0)
+    monkeypatch.setattr(opening, "_CHECK_TIMEOUT_S", 0)
     index = IndexStore(state, "source", epoch_after=new_epoch())
     index.close()
     assert index.set_aside is not None
@@ -193,7 +194,7 @@ def test_walk_finds_a_bad_seal_and_a_missing_page(state: str) -> None:
     path, _ = filled(state)
     unseal(path, b"entries", (3).to_bytes(8, "big"))
     with pytest.raises(CorruptIndexError, match="room entries fails its digest"):
-        store.walk(path)
+        opening.walk(path)
     cut(path)
     with pytest.raises(CorruptIndexError, match="shorter"):
-        store.walk(path)
+        opening.walk(path)

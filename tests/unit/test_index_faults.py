@@ -148,7 +148,7 @@ store._QUIET_S = 0.0
 index = store.IndexStore(sys.argv[1], "source")
 index.put_number(b"early", early := index.take())
 index.flush()
-size = os.path.getsize(index._path)
+size = os.path.getsize(index._files.path)
 resource.setrlimit(resource.RLIMIT_FSIZE, (size + 8192, resource.RLIM_INFINITY))
 numbers = {}
 for number in range(3000):
@@ -158,7 +158,7 @@ try:
     index.flush()
     print("written?")
 except IndexStoreError as e:
-    print("full:", e.path == index._path)
+    print("full:", e.path == index._files.path)
 assert index.number_of(b"early") == early
 assert all(index.entry(numbers[n]).name == b"%d" % n for n in numbers)
 if "room" in sys.argv:
@@ -193,8 +193,8 @@ def test_a_rebuild_without_room_leaves_the_mount_going(index: IndexStore, monkey
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(index, "_attach", full)
-    index._rebuild("a test says so")
+    monkeypatch.setattr(index.database, "_attach", full)
+    index.database.rebuild("a test says so")
     index.put_number(b"pending", 77)
     assert index.number_of(b"unknown") is None
     assert index.number_of(b"pending") == 77

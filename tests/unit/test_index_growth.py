@@ -11,7 +11,7 @@ import pytest
 
 from tests.unit.support import python
 from weightfs.errors import IndexStoreError
-from weightfs.index import store
+from weightfs.index import numbers, opening
 from weightfs.index.schema import FileRecord
 from weightfs.index.store import IndexStore
 
@@ -23,7 +23,7 @@ def test_the_map_grows_beyond_its_first_size(state: str) -> None:
         for number in range(24 * turn, 24 * turn + 24):
             index.put_file(bytes([number]) * 16, big)
         index.close()
-        assert os.path.getsize(index._path) > (turn + 1) * store._FIRST_MAP_BYTES
+        assert os.path.getsize(index._files.path) > (turn + 1) * opening._FIRST_MAP_BYTES
     again = IndexStore(state, "source")
     assert all(again.file(bytes([number]) * 16) == big for number in range(48))
     assert again.set_aside is None
@@ -34,11 +34,11 @@ def test_a_flush_beside_the_writers_own_while_the_map_grows(state: str) -> None:
     """In a child: where this goes wrong it may also hang."""
     code = """
 import logging, sys
-from weightfs.index import store
+from weightfs.index import opening, store
 from weightfs.index.schema import FileRecord
 logging.disable()
 store._QUIET_S = 0.0
-store._FIRST_MAP_BYTES = 1 << 20
+opening._FIRST_MAP_BYTES = 1 << 20
 index = store.IndexStore(sys.argv[1], "source")
 big = FileRecord(1, "gguf", [], {"blob": "x" * (1 << 20)}, False, None)
 for number in range(100):
@@ -54,15 +54,15 @@ index.close()
 
 
 def test_taking_numbers_when_the_map_is_full_makes_it_grow(index: IndexStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    reserve, full = index._reserve, [lmdb.MapFullError("full")]
+    reserve, full = index.database.numbers.reserve, [lmdb.MapFullError("full")]
 
-    def full_once(txn: lmdb.Transaction, count: int) -> None:
+    def full_once(txn: lmdb.Transaction, room: object, count: int) -> None:
         if full:
             raise full.pop()
-        reserve(txn, count)
+        reserve(txn, room, count)
 
-    monkeypatch.setattr(index, "_reserve", full_once)
-    assert index.take(2 * store._BLOCK) >> 32 == index.epoch
+    monkeypatch.setattr(index.database.numbers, "reserve", full_once)
+    assert index.take(2 * numbers._BLOCK) >> 32 == index.epoch
 
 
 def test_taking_numbers_grows_the_map_while_the_writer_commits(state: str) -> None:
@@ -70,24 +70,24 @@ def test_taking_numbers_grows_the_map_while_the_writer_commits(state: str) -> No
     code = """
 import logging, sys
 import lmdb
-from weightfs.index import store
+from weightfs.index import numbers, store
 from weightfs.index.schema import EntryRecord, Kind
 logging.disable()
 store._QUIET_S = 0.0
 index = store.IndexStore(sys.argv[1], "source")
-reserve, full = index._reserve, []
-def full_each_time(txn, count):
+reserve, full = index.database.numbers.reserve, []
+def full_each_time(txn, room, count):
     if full:
         raise full.pop()
-    reserve(txn, count)
-index._reserve = full_each_time
+    reserve(txn, room, count)
+index.database.numbers.reserve = full_each_time
 entry = EntryRecord(Kind.SOURCE, 1, b"a", b"x" * 400)
 for turn in range(8):
     for number in range(2000):
         index.put_entry(2000 * turn + number, entry)
         if number == 1000:
             full.append(lmdb.MapFullError("full"))
-            index.take(store._BLOCK)
+            index.take(numbers._BLOCK)
 index.flush()
 assert all(index.entry(number) == entry for number in range(16000))
 assert index.set_aside is None
@@ -100,7 +100,7 @@ index.close()
 def test_numbers_whose_reservation_failed_are_not_given_out(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk fills up at the very commit that reserves a block: nothing on disk says that its numbers are taken."""
     index = IndexStore(state, "source")
-    env, failing = index._env, [True]
+    env, failing = index.database._env, [True]
     assert env is not None
     real: lmdb.Environment = env
 
@@ -115,17 +115,17 @@ def test_numbers_whose_reservation_failed_are_not_given_out(state: str, monkeypa
                 if write and failing:
                     raise lmdb.DiskError("mdb_txn_commit: No space left on device")
 
-    monkeypatch.setattr(index, "_env", Full())
-    taken = [index.take(store._BLOCK)]
+    monkeypatch.setattr(index.database, "_env", Full())
+    taken = [index.take(numbers._BLOCK)]
     for _ in range(3):
         with pytest.raises(IndexStoreError):
-            index.take(store._BLOCK)
+            index.take(numbers._BLOCK)
         with contextlib.suppress(IndexStoreError):
             taken.append(index.take())
     failing.clear()
     index.close()
     again = IndexStore(state, "source")
-    first = again.take(store._BLOCK)
+    first = again.take(numbers._BLOCK)
     again.close()
-    assert not any(first <= number < first + store._BLOCK for number in taken[1:])
+    assert not any(first <= number < first + numbers._BLOCK for number in taken[1:])
     assert first >= max(taken) + 1

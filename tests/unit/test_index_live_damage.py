@@ -13,7 +13,7 @@ import pytest
 from tests.unit.support import python
 from tests.unit.test_index_damage import ENTRY, filled, unseal
 from weightfs.errors import IndexStoreError
-from weightfs.index import store
+from weightfs.index import numbers
 from weightfs.index.store import IndexStore
 
 # Under an open store
@@ -35,7 +35,7 @@ def test_a_damaged_record_begins_a_new_index_under_the_open_one(
     filled(state)
     index = IndexStore(state, "source")
     epoch, before = index.epoch, index.take()
-    unseal(index._path, room.encode(), KEYS[room])
+    unseal(index._files.path, room.encode(), KEYS[room])
     index.put_entry(before, ENTRY)
     with caplog.at_level(logging.WARNING):
         assert READS[room](index) is None
@@ -59,8 +59,8 @@ def test_damaged_counters_do_not_stop_numbers(state: str) -> None:
     index = IndexStore(state, "source")
     epoch = index.epoch
     index.take()
-    unseal(index._path, b"meta", b"next")
-    number = index.take(2 * store._BLOCK)
+    unseal(index._files.path, b"meta", b"next")
+    number = index.take(2 * numbers._BLOCK)
     assert number >> 32 == index.epoch > epoch
     assert index.set_aside is not None
     index.close()
@@ -80,7 +80,7 @@ def test_damaged_free_pages_do_not_stop_the_writer(state: str, monkeypatch: pyte
     for number in range(40):
         index.put_entry(number, ENTRY)
         index.flush()
-    real = index._env
+    real = index.database._env
 
     assert real is not None
     begin = real.begin
@@ -94,7 +94,7 @@ def test_damaged_free_pages_do_not_stop_the_writer(state: str, monkeypatch: pyte
                 raise lmdb.CorruptedError("mdb_put: MDB_CORRUPTED: Located page was wrong type")
             return begin(write=write)
 
-    monkeypatch.setattr(index, "_env", Damaged())
+    monkeypatch.setattr(index.database, "_env", Damaged())
     index.put_entry(99, ENTRY)
     with contextlib.suppress(IndexStoreError):  # it may say that it has not written, once
         index.flush()
@@ -120,7 +120,7 @@ for turn in range(10):
     for number in range(1000):
         index.put_entry(number, EntryRecord(Kind.SOURCE, 1, b"%d" % turn, b"x" * 400))
     with index._lock:
-        index._rebuild("a test")
+        index.database.rebuild("a test")
     found = index.entry(5)  # what was committed already is gone with the old index
     assert found is None or found.name == b"%d" % turn
 index.close()

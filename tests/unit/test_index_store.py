@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import pytest
 
 from weightfs.formats.layout import Role
-from weightfs.index import store
+from weightfs.index import numbers
 from weightfs.index.schema import EntryRecord, FileRecord, Kind
 from weightfs.index.store import IndexStore
 
@@ -37,7 +37,7 @@ def test_numbers_carry_the_epoch_and_grow(index: IndexStore) -> None:
     assert taken[0] > 1, "0 is no inode, 1 the root"
 
 
-@pytest.mark.parametrize("counts", [(3, 1, 70_000, 1), (store._BLOCK, 2), (store._BLOCK - 1, 2, 1)])
+@pytest.mark.parametrize("counts", [(3, 1, 70_000, 1), (numbers._BLOCK, 2), (numbers._BLOCK - 1, 2, 1)])
 def test_a_run_is_contiguous_and_nobody_elses(index: IndexStore, counts: tuple[int, ...]) -> None:
     runs = [range(first := index.take(count), first + count) for count in counts]
     numbers = [number for run in runs for number in run]
@@ -192,4 +192,4 @@ def test_owner_of_view_of_an_empty_index(index: IndexStore) -> None:
 
 def test_folder_and_file_are_private(state: str, index: IndexStore) -> None:
     assert stat.S_IMODE(os.stat(state).st_mode) == 0o700
-    assert stat.S_IMODE(os.stat(index._path).st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(index._files.path).st_mode) == 0o600

@@ -71,10 +71,13 @@ def see(host: Host, path: str) -> Node:
 
 
 def rows(index: IndexStore) -> dict[bytes, int]:
-    assert index._env is not None
+    assert index.database._env is not None
     index.flush()
-    with index._env.begin() as txn:
-        return {room: txn.stat(db=index._rooms[room])["entries"] for room in (b"keys", b"entries", b"files", b"bases")}
+    with index.database._env.begin() as txn:
+        return {
+            room: txn.stat(db=index.database.rooms[room])["entries"]
+            for room in (b"keys", b"entries", b"files", b"bases")
+        }
 
 
 # Recording

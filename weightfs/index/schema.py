@@ -26,6 +26,9 @@ SCHEMA: Final = 1
 MIGRATIONS: Final[Mapping[int, Callable[[bytes, bytes], bytes]]] = {}
 """By schema: from a room's name and a record's encoding to that of the next schema. A step is added with each new
 schema, so that a version takes over from the one before it without any number changing its meaning."""
+ROOMS: Final = (b"meta", b"keys", b"entries", b"files", b"bases")
+"""`meta`: Meta and the next serial. `keys`: inode key -> number. `entries`: number -> EntryRecord. `files`: identity
+and format -> FileRecord. `bases`: first number of a run of views -> identity, path, name."""
 ROOT_INODE: Final = 1
 IDENTITY_BYTES: Final = 16
 _SERIAL_BITS: Final = 32
@@ -60,6 +63,22 @@ class Kind(enum.IntEnum):
     VIEW_ROOT = 1
     VIEW_SET = 2
     STATE = 3
+
+
+class Meta(msgspec.Struct, frozen=True):
+    """Whose index it is.
+
+    Attributes:
+        product: `weightfs`.
+        schema: of the records.
+        source: absolute path or URL of what it tells of.
+        epoch: of the numbers it gives out.
+    """
+
+    product: str
+    schema: int
+    source: str
+    epoch: int
 
 
 class EntryRecord(msgspec.Struct, frozen=True, array_like=True):

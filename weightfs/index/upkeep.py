@@ -21,8 +21,10 @@ from typing import Any, Final
 import msgspec
 
 from weightfs.headers import slot_of
+from weightfs.index.opening import Transaction
 from weightfs.index.schema import IDENTITY_BYTES, ROOT_INODE, EntryRecord, FileRecord, Kind
-from weightfs.index.store import IndexStore, Transaction, _seal, _unseal
+from weightfs.index.seals import seal, unseal
+from weightfs.index.store import IndexStore
 
 Row = tuple[bytes, bytes]
 """A row by its room's first letter and its key, and the token that a crawl saw if what it tells of is still there."""
@@ -69,14 +71,14 @@ class Upkeep:
         store = self._store
 
         def read(txn: Transaction) -> list[int]:
-            room = store._rooms[b"files"]
+            room = store.database.rooms[b"files"]
             return [
                 at
                 for at, slot in enumerate(slots)
                 if (b"files", slot) not in store._overlay and txn.get(slot, db=room) is None
             ]
 
-        found = store._reading(read)
+        found = store.database.read(read)
         return list(range(len(slots))) if found is None else found
 
     def add_files(self, found: Sequence[FoundFile]) -> None:
@@ -87,25 +89,25 @@ class Upkeep:
         """
         store = self._store
         numbers = sum(one.numbers for one in found)
-        if numbers and store._next + numbers > store._reserved:
-            store._sync()  # `take` will, under the lock that look-ups take: better there is little left to sync
+        if not store.database.numbers.has(numbers):
+            store.database.sync()  # `take` will, under the lock that look-ups take: better there is little left to sync
         base = store.take(numbers) if numbers else 0
         rows: list[tuple[bytes, bytes, bytes, bytes]] = []
         for one in found:
             slot, first = slot_of(one.identity, one.name), base.to_bytes(8, "big")
-            record = _seal(b"files", slot, FileRecord.numbered(one.record, base if one.numbers else 0))
+            record = seal(b"files", slot, FileRecord.numbered(one.record, base if one.numbers else 0))
             owner = one.identity + msgspec.msgpack.encode((one.path, one.name))
-            rows.append((slot, record, first, _seal(b"bases", first, owner) if one.numbers else b""))
+            rows.append((slot, record, first, seal(b"bases", first, owner) if one.numbers else b""))
             base += one.numbers
 
         def write(txn: Transaction) -> None:
             for slot, record, first, owner in rows:
                 if (b"files", slot) in store._overlay:
                     continue
-                if txn.put(slot, record, db=store._rooms[b"files"], overwrite=False) and owner:
-                    txn.put(first, owner, db=store._rooms[b"bases"])
+                if txn.put(slot, record, db=store.database.rooms[b"files"], overwrite=False) and owner:
+                    txn.put(first, owner, db=store.database.rooms[b"bases"])
 
-        store._writing(write)
+        store.database.write(write)
 
     # Dropping
 
@@ -117,7 +119,7 @@ class Upkeep:
         def read(txn: Transaction) -> tuple[list[Row], bytes]:
             rows: list[Row] = []
             for room in _SWEPT[_SWEPT.index(_BY_LETTER[letter]) :]:
-                with txn.cursor(db=store._rooms[room]) as cursor:
+                with txn.cursor(db=store.database.rooms[room]) as cursor:
                     moved = cursor.first() if room[:1] != letter or not key else cursor.set_range(key)
                     if moved and room[:1] == letter and cursor.key() == key:
                         moved = cursor.next()
@@ -131,13 +133,13 @@ class Upkeep:
                     return rows, rows[-1][0]
             return rows, b""
 
-        return store._reading(read) or ([], b"")
+        return store.database.read(read) or ([], b"")
 
     def _token(self, txn: Transaction, room: bytes, key: bytes, value: Callable[[], Any]) -> bytes | None:
         """What a crawl must have seen for a row to stay; None when it stays whatever was seen."""
         if room == b"files":
             return key
-        plain = _unseal(room, key, bytes(value()))
+        plain = unseal(room, key, bytes(value()))
         if room == b"bases":
             _, name = msgspec.msgpack.decode(plain[IDENTITY_BYTES:], type=tuple[bytes, str])
             return slot_of(plain[:IDENTITY_BYTES], name)
@@ -202,9 +204,9 @@ class Upkeep:
                     if entry is None or number in keep or (b"keys", entry.key) in store._overlay:
                         continue
                     if store._find(txn, b"keys", entry.key) == key:
-                        txn.delete(entry.key, db=store._rooms[b"keys"])
+                        txn.delete(entry.key, db=store.database.rooms[b"keys"])
                     dropped.append(number)
-                count += txn.delete(key, db=store._rooms[room])
+                count += txn.delete(key, db=store.database.rooms[room])
 
-        store._writing(write)
+        store.database.write(write)
         return count, dropped
