@@ -27,7 +27,9 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from tests.helpers.footprint import Footprint
 from tests.helpers.mounting import Mount, weightfs
-from tests.helpers.world import CHANGES, USES, World
+from tests.helpers.world import World
+from tests.helpers.world_changes import CHANGES
+from tests.helpers.world_uses import USES
 
 _PATIENCE_S: Final = 2.0
 _LONGEST: Final = 400

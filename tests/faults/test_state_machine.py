@@ -19,7 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from tests.helpers.models import write
 from tests.helpers.mounting import ENGINES, Mount, Mounter, weightfs
-from tests.helpers.world import CHANGES, USES, World
+from tests.helpers.world import World
+from tests.helpers.world_changes import CHANGES
+from tests.helpers.world_uses import USES
 
 FEW = settings(
     max_examples=80,
