@@ -27,7 +27,9 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from tests.helpers.footprint import Footprint
 from tests.helpers.mounting import Mount, weightfs
-from tests.helpers.world import CHANGES, USES, World
+from tests.helpers.world import World
+from tests.helpers.world_changes import CHANGES
+from tests.helpers.world_uses import USES
 
 _PATIENCE_S: Final = 2.0
 _LONGEST: Final = 400
@@ -136,12 +138,6 @@ class Soak:
             if done.returncode:
                 raise SystemExit(f"--replace: status {done.returncode}: {done.stderr}")
             self._replaces += 1
-        self._note_death()
-
-    def _note_death(self) -> None:
-        for worker in self._workers:
-            if worker.world is not None:
-                worker.world.last_death = time.monotonic()
 
     def _tell(self, *, last: bool = False) -> None:
         times: dict[str, list[float]] = {}

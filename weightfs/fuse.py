@@ -12,7 +12,8 @@ import pyfuse3
 import trio
 
 from weightfs import errors
-from weightfs.filesystem import Attributes, Filesystem
+from weightfs.entries import Attributes
+from weightfs.filesystem import Filesystem
 
 log = logging.getLogger(__name__)
 

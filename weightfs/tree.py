@@ -101,6 +101,13 @@ class Tree:
             node = self._remember(Node(inode, record.kind, record.parent, record.name, record.key))
         return node
 
+    def node_if_known(self, inode: int) -> Node | None:
+        """`node` of a number, None where there is none: it is (or may be) a view's."""
+        try:
+            return self.node(inode)
+        except StaleError:
+            return None
+
     def _remember(self, node: Node) -> Node:
         self._nodes[node.inode] = node
         self._numbers[node.key] = node.inode

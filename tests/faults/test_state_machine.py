@@ -19,7 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from tests.helpers.models import write
 from tests.helpers.mounting import ENGINES, Mount, Mounter, weightfs
-from tests.helpers.world import CHANGES, USES, World
+from tests.helpers.world import World
+from tests.helpers.world_changes import CHANGES
+from tests.helpers.world_uses import USES
 
 FEW = settings(
     max_examples=80,
@@ -78,14 +80,14 @@ class Machine(RuleBasedStateMachine):
             return
         if number == 0:
             self.mount.kill_daemon()
-            Machine.disturbed_at = self.world.last_death = time.monotonic()
+            Machine.disturbed_at = time.monotonic()
         elif number == 1:
             done = weightfs(
                 "mount", "--replace", self.mount.source, self.mount.mountpoint, "--engine", self.mount.engine,
                 "--state-dir", self.mount.state_dir, *self.options,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
-            Machine.disturbed_at = self.world.last_death = time.monotonic()
+            Machine.disturbed_at = time.monotonic()
 
     options: tuple[str, ...] = ()
 

@@ -58,7 +58,7 @@ DEATHS: Final = {
          "            self._handles.discard(nodeid, handle)  #"),
     ],
     "filesystem.py": [
-        _IMPORT,
+        ("from weightfs.asking import Asking\n", "from weightfs import dying\nfrom weightfs.asking import Asking\n"),
         ("        path = os.path.join(self._tree.path(folder), name)\n        try:\n",
          "        path = os.path.join(self._tree.path(folder), name)\n        if name == b'poison':\n"
          "            dying.always_at('poison')\n        try:\n"),

@@ -14,8 +14,9 @@ from tests.unit.support import Later
 from tests.unit.test_filesystem import TEXTS, find, run
 from weightfs import beliefs
 from weightfs.beliefs import FILES_S, NAMES_S
+from weightfs.entries import Attributes
 from weightfs.errors import StaleError
-from weightfs.filesystem import Attributes, Filesystem, FilesystemConfig
+from weightfs.filesystem import Filesystem, FilesystemConfig
 from weightfs.handles import HandleTable
 from weightfs.index.schema import ROOT_INODE
 from weightfs.index.store import IndexStore

@@ -13,13 +13,14 @@ import trio
 
 from tests.helpers.models import model_tensors, tensor, write, write_hub_cache, write_safetensors, write_sharded
 from tests.unit.support import Later, OddSource
+from weightfs.entries import Attributes
 from weightfs.errors import (
     ForbiddenError,
     NoAttributeError,
     NotASymlinkError,
     NotFoundError,
 )
-from weightfs.filesystem import Attributes, Filesystem, FilesystemConfig
+from weightfs.filesystem import Filesystem, FilesystemConfig
 from weightfs.handles import HandleTable
 from weightfs.index.schema import ROOT_INODE
 from weightfs.index.store import IndexStore

@@ -12,11 +12,12 @@ import pytest
 from tests.helpers.models import tensor, write, write_safetensors
 from tests.unit.support import Later, OddSource
 from tests.unit.test_filesystem import TEXTS, find, names, run
+from weightfs.entries import Opened
 from weightfs.errors import (
     NotFoundError,
     StaleError,
 )
-from weightfs.filesystem import Filesystem, FilesystemConfig, Opened
+from weightfs.filesystem import Filesystem, FilesystemConfig
 from weightfs.handles import HandleTable
 from weightfs.index.store import IndexStore
 from weightfs.readables import WholeFile

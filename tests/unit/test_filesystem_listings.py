@@ -12,11 +12,12 @@ import pytest
 from tests.helpers.models import model_tensors, write, write_safetensors, write_sharded
 from tests.unit.support import Later, OddSource
 from tests.unit.test_filesystem import TENSORS, TEXTS, find, names, run
+from weightfs.entries import Attributes
 from weightfs.errors import (
     NotADirectoryEntryError,
     StaleError,
 )
-from weightfs.filesystem import Attributes, Filesystem, FilesystemConfig
+from weightfs.filesystem import Filesystem, FilesystemConfig
 from weightfs.handles import HandleTable
 from weightfs.index.schema import ROOT_INODE
 from weightfs.index.store import IndexStore

@@ -14,6 +14,7 @@ from tests.helpers.models import write, write_safetensors
 from tests.unit.support import Later, OddSource, open_descriptors
 from tests.unit.test_filesystem import TEXTS, find, run
 from tests.unit.test_filesystem_changes import SHORT, TENSORS, opened, read
+from weightfs.entries import Opened
 from weightfs.errors import (
     DeadlineError,
     EntryError,
@@ -21,7 +22,7 @@ from weightfs.errors import (
     ReadOnlyError,
     UnsupportedError,
 )
-from weightfs.filesystem import Filesystem, FilesystemConfig, Opened
+from weightfs.filesystem import Filesystem, FilesystemConfig
 from weightfs.handles import HandleTable
 from weightfs.index.schema import ROOT_INODE
 from weightfs.index.store import IndexStore
@@ -198,7 +199,7 @@ def test_an_open_answered_too_late_keeps_no_descriptor(
         # All threads have ended when all their tokens can be had.
         async with trio.open_nursery() as nursery:
             for _ in range(SHORT.threads):
-                nursery.start_soon(fs._wait, source.lstat, b"")
+                nursery.start_soon(fs._asking.wait, source.lstat, b"")
 
     trio.run(main)
     gc.collect()

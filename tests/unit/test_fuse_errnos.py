@@ -14,7 +14,8 @@ import trio
 
 import weightfs.index.store  # noqa: F401 - its errors count too
 from weightfs import errors, fuse
-from weightfs.filesystem import Attributes, DirectoryEntry, Filesystem, Opened
+from weightfs.entries import Attributes, DirectoryEntry, Opened
+from weightfs.filesystem import Filesystem
 from weightfs.fuse import ERRNOS, FuseOperations, errno_of
 
 
