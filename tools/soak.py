@@ -126,7 +126,6 @@ class Soak:
 
     def _disturb(self) -> None:
         if self._chosen.random() < 0.7:
-            self._note_death()
             self.mount.kill_daemon()
             self._kills += 1
         else:

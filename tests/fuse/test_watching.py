@@ -344,6 +344,7 @@ def test_without_watches(source: str, mounter: Mounter, engine: str) -> None:
     wait_until(lambda: same(mount), "changes", timeout_s=3)
 
 
+@pytest.mark.alone
 def test_the_systems_limit(source: str, mounter: Mounter) -> None:
     """Folders beyond it keep the short timeout; status says which limit and how many."""
     for number in range(20):
