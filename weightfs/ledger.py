@@ -80,11 +80,8 @@ class _Rows:
         self._width = width
         self._high_at = high_at
         self._free: list[int] = []  # a heap: low rows first, so that few pages are touched
-        self._taken = 0
         for row in range(words[high_at]):
-            if words[self._first + row * width]:
-                self._taken += 1
-            else:
+            if not words[self._first + row * width]:
                 self._free.append(row)
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:

@@ -180,8 +180,8 @@ def _fusermount(source: str, mountpoint: str, for_others: bool) -> int:
     return fds[0]
 
 
-def unmount(mountpoint: str, *, lazy: bool = False) -> None:
-    """Unmount; `lazy` takes the name away at once and lets users finish.
+def unmount(mountpoint: str, *, lazy: bool = False, tell_users: bool = True) -> None:
+    """Unmount; `lazy` takes the name away at once and lets users finish. `tell_users` looks through /proc for them.
 
     Raises:
         BusyError: someone uses it.
@@ -194,7 +194,9 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     except OSError as e:
         if e.errno == errno.EBUSY:
             raise BusyError(
-                f"is in use{_by_whom(mountpoint)}", path=mountpoint, mend=f"weightfs umount --lazy {mountpoint}"
+                f"is in use{_by_whom(mountpoint) if tell_users else ''}",
+                path=mountpoint,
+                mend=f"weightfs umount --lazy {mountpoint}",
             ) from e
         raise WeightfsError(f"can't unmount it: {os.strerror(e.errno or 0)}", path=mountpoint) from e
     helper = shutil.which("fusermount3")
@@ -207,6 +209,15 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         reason = done.stderr.strip()
         kind = BusyError if "busy" in reason else WeightfsError
         raise kind(f"can't unmount it: {reason}", path=mountpoint, mend=f"weightfs umount --lazy {mountpoint}")
+
+
+def is_stuck(mountpoint: str) -> bool:
+    """Whether who asks a mount waits for ever, or for long at least."""
+    try:
+        subprocess.run(["stat", "-f", "--", mountpoint], capture_output=True, timeout=_ANSWER_S, check=False)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
 
 
 def abort(mountpoint: str) -> None:

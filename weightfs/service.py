@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 _READAHEAD_KIB: Final = 4096
 _END_S: Final = 4.0
+_FLUSH_S: Final = 0.25
+_FLUSHES: Final = 50
 _CRAWL_AFTER_TAKEOVER_S: Final = 30.0
 _STACKED: Final = frozenset({0x794C7630})  # overlayfs
 _FUSE: Final = 0x65735546
@@ -137,6 +139,7 @@ class Service:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._listen, nursery.cancel_scope)
+                nursery.start_soon(self._flush_link)
                 nursery.start_soon(self._retire_on_signal)
                 nursery.start_soon(pyfuse3.main)
                 nursery.start_soon(self._announce, nursery)
@@ -259,6 +262,12 @@ class Service:
             elif "retire" in words:
                 self._retire()
 
+    async def _flush_link(self) -> None:
+        """Send what the supervisor had no room for."""
+        while True:
+            await trio.sleep(_FLUSH_S)
+            self._link.flush()
+
     async def _retire_on_signal(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM) as received:
             async for _ in received:
@@ -275,7 +284,10 @@ class Service:
         """Leave everything as it is for the successor: open files stay open in the kernel, and in the ledger."""
         assert self._index is not None
         self._index.commit()  # a successor may use another schema than the journal's
-        self._link.flush()
+        for _ in range(_FLUSHES):
+            if self._link.flush():
+                break
+            time.sleep(0.01)
         self._ledger.end()
         logging.shutdown()
         os._exit(0)
@@ -294,10 +306,11 @@ class Service:
 
     def _unmount(self) -> bool:
         """Take the mountpoint away; gives whether it had to be done lazily."""
-        if mounts.find(self.config.mountpoint) is None:
-            return False
+        here = mounts.find(self.config.mountpoint)
+        if here is None or here.device != self._orders["device"]:
+            return False  # another one is there by now
         try:
-            mounts.unmount(self.config.mountpoint)
+            mounts.unmount(self.config.mountpoint, tell_users=False)
         except WeightfsError:
             with contextlib.suppress(WeightfsError):
                 mounts.unmount(self.config.mountpoint, lazy=True)

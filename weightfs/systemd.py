@@ -15,6 +15,7 @@ from typing import Final
 
 _FIRST_FD: Final = 3
 _ANSWER_S: Final = 3.0
+_SEND_S: Final = 1.0
 
 
 def notify(state: str, fds: Sequence[int] = ()) -> None:
@@ -24,6 +25,7 @@ def notify(state: str, fds: Sequence[int] = ()) -> None:
         return
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as outlet, contextlib.suppress(OSError):
+        outlet.settimeout(_SEND_S)  # a manager that reads nothing must hold up nobody
         outlet.connect("\0" + address[1:] if address.startswith("@") else address)
         outlet.sendmsg([state.encode()], rights)
 

@@ -27,7 +27,10 @@ def main() -> None:
     link = Link(end)
     order = _first_words(link)["start"]
     settings = MountConfig(**order["settings"])
-    log_to(order["log_file"], settings.log_level)
+    try:
+        log_to(order["log_file"], settings.log_level)
+    except OSError:  # the folder is gone, or full: what the supervisor has for stderr may still do
+        log_to(None, settings.log_level)
     try:
         descriptors = Descriptors(*(order[f"{name}_fd"] for name in Descriptors._fields))
         serve(settings, descriptors, link)

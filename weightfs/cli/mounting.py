@@ -172,7 +172,7 @@ def umount(
             return  # it is to be started again, and goes on with this mount
         here = _find(mountpoint)
         said = _status_of(here)
-        if said is None:  # who waits for it would wait for ever
+        if said is None and mounts.is_stuck(here.mountpoint):
             mounts.abort(here.mountpoint)
         pid = (said or {}).get("supervisor_pid")
         if mounts.find(here.mountpoint) == here:

@@ -42,7 +42,10 @@ def main() -> None:
     if given.resume is not None:
         supervisor = Supervisor.resume(given.resume)
         os.close(given.resume)
-        log_to(supervisor.log_file, supervisor.settings.log_level)
+        try:
+            log_to(supervisor.log_file, supervisor.settings.log_level)
+        except OSError:
+            log_to(None, supervisor.settings.log_level)
         sys.exit(supervisor.run_on())
     settings = MountConfig(**json.load(sys.stdin))
     if given.foreground:

@@ -66,6 +66,9 @@ class Daemon:
         link: to it.
         version: that it is of.
         is_asked_for: by the client that waits for a replacement.
+        is_dead: whether its end was heard of.
+        died_of_memory: whether it ended as a process does that touches what is not there: a damaged map, for one.
+        checks_index: whether it was told to walk the index first.
         prepared: whether it may be given the word to go.
         went_at: when it was, on the monotonic clock.
         served_at: when it said that it serves.
@@ -80,6 +83,9 @@ class Daemon:
     canary: tuple[int, int] | None = None
     is_reaped: bool = False
     is_asked_for: bool = False
+    is_dead: bool = False
+    died_of_memory: bool = False
+    checks_index: bool = False
     prepared: bool = False
     went_at: float | None = None
     served_at: float | None = None
@@ -141,13 +147,19 @@ class Daemon:
 
     def go(self, estate: Estate, *, check_index: bool) -> None:
         """Give it the word to serve, with a descriptor of every file that is open."""
-        self.went_at = time.monotonic()
         inodes = list(estate.held)
         for start in range(0, len(inodes), MOST_DESCRIPTORS):
             part = inodes[start : start + MOST_DESCRIPTORS]
             self.link.say({"held": part}, [estate.held[inode] for inode in part])
-        orders = {"check_index": check_index, "kept_by_manager": estate.is_kept, "mounted_at": estate.mounted_at}
+        orders: dict[str, Any] = {
+            "check_index": check_index,
+            "kept_by_manager": estate.is_kept,
+            "mounted_at": estate.mounted_at,
+        }
+        orders["device"] = estate.device
         self.link.say({"go": orders})
+        self.went_at = time.monotonic()
+        self.checks_index = check_index
 
     def retire(self) -> None:
         """Ask it to answer what it has read, read no more, and end."""
@@ -174,6 +186,7 @@ class Daemon:
         if self._process is not None:
             self._process.returncode = 0  # waited for here
         code = os.waitstatus_to_exitcode(status)
+        self.died_of_memory = -code in (signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT)
         return (f"signal {-code}" if code < 0 else f"status {code}") + why
 
     def close(self) -> None:

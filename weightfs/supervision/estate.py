@@ -37,6 +37,7 @@ class Estate:
         ledger_fd: see `weightfs.ledger`.
         source_fd: the source folder, which may have another name by now, or none.
         held: a descriptor of every file that is open, by inode.
+        device: the mount's number, which tells it from another one at the same place.
         mounted_at: on the monotonic clock.
         is_kept: whether a service manager keeps it beyond this process.
         is_ours: whether the mountpoint is still to be taken away by us.
@@ -49,6 +50,7 @@ class Estate:
     kernel_fd: int
     ledger_fd: int
     source_fd: int
+    device: str
     held: dict[int, int] = field(default_factory=dict)
     mounted_at: float = field(default_factory=time.monotonic)
     is_kept: bool = False
@@ -73,7 +75,14 @@ class Estate:
             ) from e
         mounts.clear_stale(settings.mountpoint)
         kernel_fd = mounts.mount(settings.source, settings.mountpoint, for_others=settings.for_others)
-        self = cls(kernel_fd=kernel_fd, ledger_fd=ledger.create(), source_fd=source_fd, is_kept=_has_keeper())
+        here = mounts.find(settings.mountpoint)
+        self = cls(
+            kernel_fd=kernel_fd,
+            ledger_fd=ledger.create(),
+            source_fd=source_fd,
+            device=here.device if here is not None else "",
+            is_kept=_has_keeper(),
+        )
         if self.is_kept:
             for name, fd in zip(_NAMES, (self.kernel_fd, self.ledger_fd, self.source_fd), strict=True):
                 systemd.keep(name, fd)
@@ -87,9 +96,14 @@ class Estate:
         held = {int(name[len(_HELD_NAME) :], 16): fd for name, fd in kept.items() if name.startswith(_HELD_NAME)}
         for inode in held:  # from now on they change with every open
             systemd.discard(f"{_HELD_NAME}{inode:x}")
-        if len(three) == len(_NAMES) and not _is_dead(three[0]) and mounts.find(settings.mountpoint):
+        here = mounts.find(settings.mountpoint)
+        if len(three) == len(_NAMES) and not _is_dead(three[0]) and here is not None:
             kernel, book, source = three
-            return cls(kernel_fd=kernel, ledger_fd=book, source_fd=source, held=held, is_kept=_has_keeper())
+            self = cls(kernel_fd=kernel, ledger_fd=book, source_fd=source, device=here.device, held=held)
+            self.is_kept = _has_keeper()
+            if here.source == settings.source:
+                return self
+            self.unmount(settings.mountpoint)  # it shows another folder
         for fd in (*three, *held.values()):
             os.close(fd)
         for name in _NAMES:
@@ -103,6 +117,7 @@ class Estate:
             kernel_fd=document["kernel_fd"],
             ledger_fd=document["ledger_fd"],
             source_fd=document["source_fd"],
+            device=document["device"],
             held={int(inode): fd for inode, fd in document["held"]},
             mounted_at=document["mounted_at"],
             is_kept=document["is_kept"],
@@ -119,6 +134,7 @@ class Estate:
             "kernel_fd": self.kernel_fd,
             "ledger_fd": self.ledger_fd,
             "source_fd": self.source_fd,
+            "device": self.device,
             "held": list(self.held.items()),
             "mounted_at": self.mounted_at,
             "is_kept": self.is_kept,
@@ -126,6 +142,21 @@ class Estate:
             "control_fd": self.control.fileno() if self.control is not None else None,
             "places": self.places,
         }
+
+    def mount_anew(self, settings: MountConfig) -> Estate:
+        """Take the mount away and make another in its place; the sockets stay.
+
+        Raises:
+            WeightfsError: see `mount`.
+        """
+        self.unmount(settings.mountpoint)
+        for fd in (self.kernel_fd, self.ledger_fd, self.source_fd, *self.held.values()):
+            os.close(fd)
+        for name in _NAMES:
+            systemd.discard(name)
+        fresh = Estate.mount(settings)
+        fresh.listener, fresh.control, fresh.places = self.listener, self.control, self.places
+        return fresh
 
     def set_inheritable(self, inheritable: bool) -> None:
         """Whether all of it stays open across exec."""
@@ -168,10 +199,11 @@ class Estate:
     def unmount(self, mountpoint: str) -> bool:
         """Take the mountpoint away, once; gives whether that had to be done lazily."""
         self.is_ours = False
-        if mounts.find(mountpoint) is None:
+        here = mounts.find(mountpoint)
+        if here is None or here.device != self.device:
             return False
         try:
-            mounts.unmount(mountpoint)
+            mounts.unmount(mountpoint, tell_users=False)
         except WeightfsError:
             with contextlib.suppress(WeightfsError):
                 mounts.unmount(mountpoint, lazy=True)
@@ -194,8 +226,7 @@ class Estate:
                         os.write(self.kernel_fd, wire.OUT_HEADER.pack(wire.OUT_HEADER_BYTES, -errno.EIO, unique))
 
     def leave_to_manager(self) -> None:
-        """The service manager keeps it for whom it starts next."""
-        self.is_ours, self.is_left = False, True
+        """The service manager keeps what is open for whom it starts next, and the rest since it was made."""
         for inode, fd in self.held.items():
             systemd.keep(f"{_HELD_NAME}{inode:x}", fd)
 

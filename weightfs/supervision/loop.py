@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Final
 
+log = logging.getLogger(__name__)
+
 _LONGEST_S: Final = 60.0
+_PAUSE_S: Final = 0.1  # what failed may be called again at once
 
 
 class Loop:
@@ -20,6 +24,7 @@ class Loop:
         self._on: dict[int, Callable[[], None]] = {}
         self._timers: dict[str, tuple[float, Callable[[], None]]] = {}
         self._stopped = False
+        self._signals = -1
 
     def watch(self, fd: int, call: Callable[[], None]) -> None:
         """Call whenever `fd` is readable or its other end has gone."""
@@ -44,30 +49,44 @@ class Loop:
         return name in self._timers
 
     def turn(self) -> None:
-        """Wait for the next thing to happen, and call what belongs to it."""
+        """Wait for the next thing to happen, and call what belongs to it. What fails keeps nothing else up."""
         due = min((at for at, _ in self._timers.values()), default=time.monotonic() + _LONGEST_S)
         for fd, _ in self._poll.poll(max(0.0, due - time.monotonic()) * 1000):
-            if (call := self._on.get(fd)) is not None and not self._stopped:
-                call()
+            if (call := self._on.get(fd)) is not None:
+                self._call(call)
         now = time.monotonic()
         for name in [name for name, (at, _) in self._timers.items() if at <= now]:
-            _, call = self._timers.pop(name)
-            if not self._stopped:
-                call()
+            timer = self._timers.pop(name, None)
+            if timer is not None:
+                self._call(timer[1])
+
+    def _call(self, call: Callable[[], None]) -> None:
+        if self._stopped:
+            return
+        try:
+            call()
+        except Exception:
+            log.exception("goes on after")
+            time.sleep(_PAUSE_S)
 
     def stop(self) -> None:
         """Call nothing any more."""
         self._stopped = True
 
-    def on_signals(self, numbers: set[signal.Signals], call: Callable[[], None]) -> None:
+    def is_signalled(self) -> bool:
+        """Whether a signal has come that was not worked on yet."""
+        return bool(select.select([self._signals], [], [], 0)[0])
+
+    def on_signals(self, numbers: Set[signal.Signals], call: Callable[[], None]) -> None:
         """Call when one of these signals has come."""
         outlet, inlet = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._signals = outlet
         signal.set_wakeup_fd(inlet, warn_on_full_buffer=False)
         for number in numbers:
             signal.signal(number, lambda *_: None)
 
         def come() -> None:
-            if numbers.intersection(os.read(outlet, 64)):
+            if any(number in numbers for number in os.read(outlet, 64)):
                 call()
 
         self.watch(outlet, come)

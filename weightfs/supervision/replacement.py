@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 
 HANDOFF_VERSION: Final = 1
 _HANDED_OFF: Final = (
-    "kernel_fd", "ledger_fd", "source_fd", "held", "mounted_at", "is_kept", "listener_fd", "control_fd", "places",
+    "kernel_fd", "ledger_fd", "source_fd", "held", "mounted_at", "is_kept", "listener_fd", "control_fd",
+    "places", "device", "resends",
     "settings", "daemon", "log_file",
 )  # fmt: skip
 _REQUEST_S: Final = 5.0
@@ -126,7 +127,7 @@ def refuse(connection: socket.socket, error: WeightfsError) -> None:
     reply(connection, {"error": control.error_document(error)})
 
 
-def become(version: Version, estate: Estate, daemon: Daemon, log_file: str | None) -> None:
+def become(version: Version, estate: Estate, daemon: Daemon, log_file: str | None, *, resends: bool) -> None:
     """Go on in this process as the supervisor of the version that serves: returns only where that can't be."""
     document = {
         "version": HANDOFF_VERSION,
@@ -134,6 +135,7 @@ def become(version: Version, estate: Estate, daemon: Daemon, log_file: str | Non
         "settings": dict(version.settings),
         "daemon": daemon.handoff(),
         "log_file": log_file,
+        "resends": resends,
     }
     own = {"NOTIFY_SOCKET": os.environ["NOTIFY_SOCKET"]} if "NOTIFY_SOCKET" in os.environ else {}
     environment = {**version.environment, **own}

@@ -26,7 +26,7 @@ from typing import Any, Final
 
 from weightfs import control, ledger, mounts, systemd
 from weightfs.config import MountConfig
-from weightfs.errors import BusyError, WeightfsError
+from weightfs.errors import BusyError, UnfitError, WeightfsError
 from weightfs.link import Message
 from weightfs.supervision import replacement
 from weightfs.supervision.daemon import Daemon, Version
@@ -44,7 +44,8 @@ _LONGEST_PAUSE_S: Final = 10.0
 _STANDBY_AFTER_S: Final = 0.3
 _PREPARE_S: Final = 30.0
 _RETIRE_S: Final = 2.0
-_BEGIN_S: Final = 90.0  # walking a damaged index takes 60 s at most
+_CHECK_S: Final = 90.0  # walking a damaged index takes 60 s at most
+_ENDING: Final = frozenset({signal.SIGTERM, signal.SIGINT})
 _LAZY_S: Final = 2.0
 _END_S: Final = 1.5
 _SUSPECT_DEATHS: Final = 2
@@ -82,6 +83,8 @@ class Supervisor:
         self._early_deaths = 0
         self._beats = (0, 0)
         self._index_is_sound = False
+        self._has_served = False
+        self._may_mount_anew = False
         self._status: int | None = None
 
     # Life
@@ -89,7 +92,7 @@ class Supervisor:
     def run(self) -> int:
         """Mount, or take over what the service manager kept, and serve until the end; gives the exit status."""
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        self._loop.on_signals({signal.SIGTERM, signal.SIGINT}, self._stop)
+        self._loop.on_signals(_ENDING, self._stop)
         estate = Estate.from_manager(self.settings)
         self._index_is_sound = estate is not None
         try:
@@ -98,6 +101,7 @@ class Supervisor:
             log.error("%s", e)
             self._said({"error": control.error_document(e)})
             return e.exit_code
+        self._may_mount_anew = estate is not None
         return self._live()
 
     @classmethod
@@ -110,14 +114,16 @@ class Supervisor:
         document = replacement.read_handoff(handoff)
         self = cls(MountConfig(**document["settings"]), lambda _: None, document["log_file"])
         self._estate = Estate.from_handoff(document)
-        self._index_is_sound = True
+        self._index_is_sound = self._has_served = True
+        self._resends = document["resends"]
         self._serving = Daemon.adopt(document["daemon"], self._version)
         return self
 
     def run_on(self) -> int:
         """After `resume`: serve until the end; gives the exit status."""
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        self._loop.on_signals({signal.SIGTERM, signal.SIGINT}, self._stop)
+        self._loop.on_signals(_ENDING, self._stop)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)  # see `_become`
         assert self._serving is not None
         self._watch(self._serving)
         self._loop.after("standby", _STANDBY_AFTER_S, self._have_standby)
@@ -131,11 +137,7 @@ class Supervisor:
         if self._serving is None:
             self._promote()
         while self._status is None:
-            try:
-                self._loop.turn()
-            except Exception:
-                log.exception("the supervisor goes on after")
-                time.sleep(0.1)  # what failed may be tried again at once
+            self._loop.turn()
         return self._status
 
     # Daemons
@@ -153,6 +155,14 @@ class Supervisor:
     def _watch_canary(self, daemon: Daemon) -> None:
         if daemon.canary is not None:
             self._loop.watch(daemon.canary[1], lambda: self._died(daemon))
+
+    def _unwatch(self, daemon: Daemon) -> None:
+        self._loop.unwatch(daemon.pidfd)
+        if daemon.canary is not None:
+            self._loop.unwatch(daemon.canary[1])
+        self._loop.unwatch(daemon.link.fileno())
+        for name in ("flush", "hear"):
+            self._loop.cancel(f"{name}-{daemon.pid}")
 
     def _hear(self, daemon: Daemon) -> None:
         number, holdings = daemon.link.fileno(), False
@@ -178,7 +188,7 @@ class Supervisor:
         elif message.drop is not None:
             self._estate.drop(message.drop)
         elif message.words is not None:
-            if "prepared" in message.words:
+            if "prepared" in message.words and not daemon.is_dead:
                 daemon.prepared = True
                 daemon.set_canary(message.words["prepared"].get("canary"))
                 self._watch_canary(daemon)
@@ -222,29 +232,25 @@ class Supervisor:
 
     def _serves(self, daemon: Daemon, words: Mapping[str, Any]) -> None:
         daemon.served_at = time.monotonic()
-        self._index_is_sound = True
+        self._index_is_sound = self._has_served = True
         self._resends = words["resends"]
-        systemd.notify("READY=1")
         log.info("daemon %d serves", daemon.pid)
-        self._said(words["serving"])
-        self._said = lambda _: None
+        self._loop.after("standby", _STANDBY_AFTER_S, self._have_standby)
+        systemd.notify("READY=1")
         if daemon.is_asked_for:
             self._answer({"serving": words["serving"]})
             self._loop.after("become", 0, lambda: self._become(daemon))
-        self._loop.after("standby", _STANDBY_AFTER_S, self._have_standby)
+        said, self._said = self._said, lambda _: None
+        said(words["serving"])
 
     def _have_standby(self) -> None:
         if self._standby is None and self._candidate is None and self._resends:
             self._standby = self._start(self._version)
 
     def _died(self, daemon: Daemon) -> None:
+        daemon.is_dead = True
         self._hear(daemon)  # what it said last
-        self._loop.unwatch(daemon.pidfd)
-        if daemon.canary is not None:
-            self._loop.unwatch(daemon.canary[1])
-        self._loop.unwatch(daemon.link.fileno())
-        for name in ("flush", "hear"):
-            self._loop.cancel(f"{name}-{daemon.pid}")
+        self._unwatch(daemon)
         how = daemon.reap()
         if not daemon.is_reaped:
             self._unreaped.append(daemon)
@@ -275,21 +281,35 @@ class Supervisor:
         log.warning("daemon %d ended with %s", daemon.pid, how)
         if daemon.served_at is None:
             error = daemon.error or _failed(f"the daemon ended with {how} before it served")
-            is_first = not self._index_is_sound  # of this mount: nobody can go on in its place
             if daemon.is_asked_for:  # the new version can't: the old one goes on
                 self._answer({"error": error})
-            elif is_first and (daemon.error is not None or self._early_deaths >= _SUSPECT_DEATHS):
-                self._give_up(error)
+            elif not self._has_served and (daemon.error is not None or self._early_deaths >= _SUSPECT_DEATHS):
+                if self._may_mount_anew:
+                    self._mount_anew(error)
+                else:  # nobody can go on in its place
+                    self._give_up(error)
                 return
         if not self._resends:
             self._give_up(_failed("the daemon died, and this kernel can't send again what it had not answered"))
             return
+        self._index_is_sound = not daemon.died_of_memory
         is_young = daemon.served_at is None or time.monotonic() - daemon.served_at < _YOUNG_S
         self._early_deaths = self._early_deaths + 1 if is_young else 0
         pause = min(0.1 * 2 ** (self._early_deaths - 2), _LONGEST_PAUSE_S) if self._early_deaths > 1 else 0.0
         if pause:
             log.warning("%d daemons died young: the next goes in %.1f s", self._early_deaths, pause)
         self._loop.after("promote", pause, self._promote)
+
+    def _mount_anew(self, error: Mapping[str, Any]) -> None:
+        """What the service manager kept can't be gone on with: another version made it, or with other settings."""
+        log.error("the mount that was kept can't be served (%s): it is taken away and made anew", error["message"])
+        self._may_mount_anew = self._index_is_sound = False
+        try:
+            self._estate = self._estate.mount_anew(self.settings)
+        except WeightfsError as e:
+            self._give_up(control.error_document(e))
+            return
+        self._promote()
 
     def _dismiss(self, daemon: Daemon | None) -> None:
         """End a daemon that does not serve, or not any more."""
@@ -303,23 +323,26 @@ class Supervisor:
         self._loop.after("tick", _TICK_S, self._tick)
         self._reap_late()
         daemon = self._serving
+        if daemon is not None and daemon.served_at is not None and not self._loop.is_due("standby"):
+            self._loop.after("standby", 0, self._have_standby)
         if daemon is None:
             if self._estate.is_dead():
                 self._finish(0)
             elif not self._loop.is_due("promote"):  # a daemon could not be started
                 self._loop.after("promote", 0, self._promote)
         elif daemon.served_at is None:
-            if time.monotonic() - (daemon.went_at or daemon.since) > _BEGIN_S:
-                log.error("daemon %d does not begin to serve: it is killed", daemon.pid)
+            longest = _PREPARE_S if daemon.went_at is None else _CHECK_S if daemon.checks_index else _STUCK_TICKS
+            if time.monotonic() - (daemon.went_at or daemon.since) > longest:
                 self._kill(daemon)
+                log.error("daemon %d does not begin to serve: it is killed", daemon.pid)
         else:
             beat = ledger.heartbeat(self._estate.ledger_fd)
             last, missed = self._beats
             # Counted in rounds of our own: a machine that slept, or gave us no time, gave it none either.
             self._beats = (beat, missed + 1 if beat == last else 0)
             if self._beats[1] >= _STUCK_TICKS:
-                log.error("daemon %d has not gone round for %d s: it is killed", daemon.pid, _STUCK_TICKS)
                 self._kill(daemon)
+                log.error("daemon %d has not gone round for %d s: it is killed", daemon.pid, _STUCK_TICKS)
 
     def _kill(self, daemon: Daemon) -> None:
         self._beats = (0, 0)
@@ -342,15 +365,22 @@ class Supervisor:
                 raise BusyError("it is being replaced already", path=self.settings.mountpoint)
             if self._serving is None or self._serving.served_at is None:
                 raise BusyError("its daemon is not up at this moment", path=self.settings.mountpoint)
+            if not self._resends:
+                raise UnfitError(
+                    "this kernel can't send again what a daemon had not answered (6.9 can)",
+                    path=self.settings.mountpoint,
+                    mend="umount it, then mount again",
+                )
+            try:
+                candidate = self._start(version)
+            except (OSError, TypeError, ValueError) as e:
+                raise UnfitError(f"the new version can't be started: {e}", path=version.interpreter) from e
         except WeightfsError as e:
             replacement.refuse(connection, e)
             return
         log.info("a new version is to take over: %s", version.interpreter)
-        self._client = connection
-        self._dismiss(self._standby)
-        self._standby = None
-        self._candidate = self._start(version)
-        self._candidate.is_asked_for = True
+        self._client, self._candidate = connection, candidate
+        candidate.is_asked_for = True
         self._loop.after("candidate", _PREPARE_S, self._candidate_late)
 
     def _candidate_late(self) -> None:
@@ -377,14 +407,18 @@ class Supervisor:
     def _become(self, daemon: Daemon) -> None:
         """Go on as the supervisor of the version that serves now, unless that can't take over from this one."""
         self._version = daemon.version
-        if daemon is self._serving:
+        if daemon is self._serving and self._estate.is_ours:
             self._dismiss(self._standby)
             self._standby = None
             self._reap_dismissed()
+            # One that comes from now on is for whom this process becomes.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
             try:
-                replacement.become(daemon.version, self._estate, daemon, self.log_file)
+                if not self._loop.is_signalled():
+                    replacement.become(daemon.version, self._estate, daemon, self.log_file, resends=self._resends)
             except (OSError, subprocess.SubprocessError):
                 log.exception("could not become the new version's supervisor")
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
         self._have_standby()
 
     # The end
@@ -394,7 +428,7 @@ class Supervisor:
             return
         systemd.notify("STOPPING=1")
         if self._estate.is_kept and mounts.find(self.settings.mountpoint):  # a stop has unmounted it before
-            self._estate.leave_to_manager()
+            self._estate.is_ours, self._estate.is_left = False, True
             self._end_daemons()
             return
         log.info("ends on a signal")
@@ -420,7 +454,9 @@ class Supervisor:
         for daemon in (self._serving, self._standby, self._candidate):
             self._dismiss(daemon)
         self._reap_dismissed()
-        if self._unreaped and not self._estate.is_left:
+        if self._estate.is_left:
+            self._estate.leave_to_manager()
+        elif self._unreaped:
             self._estate.turn_away()
         self._answer({"error": _failed("the mount has ended")})
         self._estate.wind_up(self.settings)
@@ -436,8 +472,11 @@ class Supervisor:
 
     def _reap_dismissed(self) -> None:
         for daemon in self._dismissed:
+            self._unwatch(daemon)
             daemon.reap()
-            if not daemon.is_reaped:
+            if daemon.is_reaped:
+                daemon.close()
+            else:
                 self._unreaped.append(daemon)
         self._dismissed.clear()
 
