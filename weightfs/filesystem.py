@@ -307,11 +307,15 @@ class Filesystem:
             await self.open(inode, os.O_RDONLY)
             return
         fd, promise = os.dup(opened.kept[0]), opened.kept[1]
-        node = self._tree.node_if_known(inode)
-        if node is None:
-            self._views.reopen(inode, fd)
-        else:
-            path = self._tree.path(node)
+        try:
+            node = self._tree.node_if_known(inode)
+            path = self._tree.path(node) if node is not None else None
+            if path is None:
+                self._views.reopen(inode, fd)
+        except StaleError:
+            os.close(fd)
+            raise
+        if path is not None:
             self._open_files.serve(inode, fd, lambda: (WholeFile(self._source, path, fd, promise), fd))
 
     async def _open_source(self, node: Node, path: bytes) -> tuple[int, SourceStat]:

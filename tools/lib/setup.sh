@@ -119,7 +119,7 @@ find_missing_packages() {
 
     if ! command -v cc >/dev/null; then
         needed+=(gcc libc6-dev)
-    elif ! echo '#include <stdio.h>' | cc -E - >/dev/null 2>&1; then
+    elif ! cc -E - >/dev/null 2>&1 <<<'#include <stdio.h>'; then
         needed+=(libc6-dev)
     fi
     if ! command -v pkg-config >/dev/null; then

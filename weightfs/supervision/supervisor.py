@@ -1,8 +1,8 @@
 """Decides who serves a mount.
 
 It starts the daemon as its child, and a second one beside it that has imported everything and waits. When the daemon
-dies, or must be replaced, the other gets the word to go. One thread, no waiting but in `poll`, and nothing in it that
-parses what a stranger wrote: it must not fail.
+dies, or must be replaced, the other gets the word to go. One thread, no waiting but in `poll` (and half a second where
+a version is examined), and nothing in it that parses what a stranger wrote: it must not fail.
 
     daemon dies                 the standby goes at once; one that dies young is followed after a pause, 10 s at most
     daemon does not go round    SIGKILL after 10 s; one that is not dead a second later (D state) is passed over
