@@ -14,6 +14,8 @@ from tests.helpers.models import every_dtype, write, write_safetensors
 from tests.helpers.mounting import Daemon, both_engines, wait_until
 from tests.helpers.namespaces import Namespace
 
+pytestmark = pytest.mark.alone  # a mount namespace keeps copies of the mounts of other tests
+
 SHUT = r"""
 set -e
 mount --bind "$1" "$1"

@@ -16,6 +16,8 @@ from tests.helpers.mounting import WEIGHTFS, Daemon
 from tests.helpers.namespaces import Namespace
 from tests.helpers.users import STRANGER, User
 
+pytestmark = pytest.mark.alone  # a mount namespace keeps copies of the mounts of other tests
+
 HIM = User(65534, 65534)
 PLACE = "/srv"  # hidden below a tmpfs in the namespace alone
 SOURCE, MOUNTPOINT, STATE = f"{PLACE}/source", f"{PLACE}/mount", f"{PLACE}/state"

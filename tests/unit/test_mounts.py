@@ -241,7 +241,7 @@ def test_fusermount_hands_the_descriptor_back(helper: Path, tmp_path: Path) -> N
         "s.sendmsg([b'x'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [f]))])"
     )
     python = shutil.which("python3")
-    script(helper, f'printf "%s\\n" "$@" > {tmp_path}/arguments\nexec {python} -c "{send}"')
+    script(helper, f'printf "%s\\n" "$@" > {tmp_path}/arguments\nexec "{python}" -c "{send}"')
     fd = mounts.mount("/srv/a,b\\c", "/models", for_others=True)
     assert os.pread(fd, 100, 0) == b"the device"
     assert not os.get_blocking(fd)
