@@ -211,6 +211,20 @@ def unmount(mountpoint: str, *, lazy: bool = False, tell_users: bool = True) -> 
         raise kind(f"can't unmount it: {reason}", path=mountpoint, mend=f"weightfs umount --lazy {mountpoint}")
 
 
+def take_away(mountpoint: str, device: str) -> bool:
+    """Unmount one mount, lazily if it is in use, and no other that is at its place by now; gives whether lazily."""
+    here = find(mountpoint)
+    if here is None or here.device != device:
+        return False
+    try:
+        unmount(mountpoint, tell_users=False)
+    except WeightfsError:
+        with contextlib.suppress(WeightfsError):
+            unmount(mountpoint, lazy=True)
+        return True
+    return False
+
+
 def is_stuck(mountpoint: str) -> bool:
     """Whether who asks a mount waits for ever, or for long at least."""
     try:

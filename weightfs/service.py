@@ -7,7 +7,6 @@ is gone, or the supervisor is: then it takes the mount away with it.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import json
@@ -46,7 +45,7 @@ from weightfs.watch import Watcher
 log = logging.getLogger(__name__)
 
 _READAHEAD_KIB: Final = 4096
-_END_S: Final = 4.0
+_LAZY_S: Final = 2.0
 _FLUSH_S: Final = 0.25
 _FLUSHES: Final = 50
 _CRAWL_AFTER_TAKEOVER_S: Final = 30.0
@@ -299,23 +298,10 @@ class Service:
         if self._orders["kept_by_manager"]:
             self._hand_over()
         log.warning("the supervisor is gone: ends the mount")
-        lazily = await trio.to_thread.run_sync(self._unmount)
+        lazily = await trio.to_thread.run_sync(mounts.take_away, self.config.mountpoint, self._orders["device"])
         if lazily:
             # Whoever has files open gets some time; what the kernel reads by itself goes on even after.
-            await trio.sleep(_END_S / 2)
-
-    def _unmount(self) -> bool:
-        """Take the mountpoint away; gives whether it had to be done lazily."""
-        here = mounts.find(self.config.mountpoint)
-        if here is None or here.device != self._orders["device"]:
-            return False  # another one is there by now
-        try:
-            mounts.unmount(self.config.mountpoint, tell_users=False)
-        except WeightfsError:
-            with contextlib.suppress(WeightfsError):
-                mounts.unmount(self.config.mountpoint, lazy=True)
-            return True
-        return False
+            await trio.sleep(_LAZY_S)
 
     # What it says of itself
 

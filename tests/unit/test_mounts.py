@@ -290,3 +290,20 @@ def test_neither_rights_nor_fusermount(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_readahead_that_may_not_be_set() -> None:
     assert mounts.raise_readahead(Mounted("/m", "/s", "999:999"), 4096) is False
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_one_mount_is_taken_away_and_no_other_at_its_place(monkeypatch: pytest.MonkeyPatch, busy: bool) -> None:
+    asked: list[bool] = []
+
+    def unmount(mountpoint: str, *, lazy: bool = False, tell_users: bool = True) -> None:
+        asked.append(lazy)
+        if busy and not lazy:
+            raise BusyError("is in use", path=mountpoint)
+
+    monkeypatch.setattr(mounts, "find", lambda mountpoint: mounts.Mounted(mountpoint, "/srv", "0:44"))
+    monkeypatch.setattr(mounts, "unmount", unmount)
+    assert mounts.take_away("/models", "0:45") is False
+    assert asked == [], "another one is there by now"
+    assert mounts.take_away("/models", "0:44") is busy
+    assert asked == ([False, True] if busy else [False])

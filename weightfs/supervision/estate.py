@@ -199,16 +199,7 @@ class Estate:
     def unmount(self, mountpoint: str) -> bool:
         """Take the mountpoint away, once; gives whether that had to be done lazily."""
         self.is_ours = False
-        here = mounts.find(mountpoint)
-        if here is None or here.device != self.device:
-            return False
-        try:
-            mounts.unmount(mountpoint, tell_users=False)
-        except WeightfsError:
-            with contextlib.suppress(WeightfsError):
-                mounts.unmount(mountpoint, lazy=True)
-            return True
-        return False
+        return mounts.take_away(mountpoint, self.device)
 
     def turn_away(self) -> None:
         """Answer EIO to all who wait for an answer: for an end after which nobody serves.
