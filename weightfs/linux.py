@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import mmap
 import os
 import re
 import resource
@@ -52,6 +53,11 @@ OOM_SCORE: Final = -900
 _INITIAL_USER_NAMESPACE: Final = 0xEFFFFFFD  # PROC_USER_INIT_INO of linux/proc_ns.h
 
 _SYS_OPENAT2: Final = 437
+_SYS_CACHESTAT: Final = 451
+_SYS_IOPRIO_SET: Final = 30 if os.uname().machine == "aarch64" else 251
+_IOPRIO_WHO_PROCESS: Final = 1
+_IOPRIO_IDLE: Final = 3 << 13
+_MAP_FAILED: Final = (1 << 64) - 1
 _STATX_FLAGS: Final = 0x1000 | 0x100 | 0x800  # AT_EMPTY_PATH, AT_SYMLINK_NOFOLLOW, AT_NO_AUTOMOUNT
 _STATX_BYTES: Final = 256
 _STATX_BASIC_AND_BTIME: Final = 0x0FFF
@@ -67,6 +73,16 @@ _libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint
 _openat2 = ctypes.CDLL(None, use_errno=True).syscall
 _openat2.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
 _openat2.restype = ctypes.c_long
+_cachestat = ctypes.CDLL(None, use_errno=True).syscall
+_cachestat.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint]
+_cachestat.restype = ctypes.c_long
+_ioprio_set = ctypes.CDLL(None, use_errno=True).syscall
+_ioprio_set.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_int]
+_ioprio_set.restype = ctypes.c_long
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.mmap.restype = ctypes.c_void_p
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 
 
 def _failed(path: bytes | str | None = None) -> OSError:
@@ -213,4 +229,39 @@ def inotify_add(inotify_fd: int, fd: int, mask: int) -> int:
 def inotify_remove(inotify_fd: int, wd: int) -> None:
     """End a watch; EINVAL when it has ended by itself."""
     if _libc.inotify_rm_watch(inotify_fd, wd):
+        raise _failed()
+
+
+def cachestat(fd: int, offset: int, nbytes: int) -> int:
+    """How many pages of a range of a file are in the page cache, those being read included (Linux 6.5).
+
+    Asked of a file on FUSE with passthrough it says nothing of the backing file.
+    """
+    found = ctypes.create_string_buffer(40)  # struct cachestat: cache, dirty, writeback, evicted, recently evicted
+    if _cachestat(_SYS_CACHESTAT, fd, struct.pack("<QQ", offset, nbytes), found, 0):
+        raise _failed()
+    return int(struct.unpack_from("<Q", found)[0])
+
+
+
+def mincore(fd: int, offset: int, nbytes: int) -> int:
+    """How many pages of a range of a file are in the page cache and up to date; `offset` is a page's start.
+
+    For whoever owns the file or may write it; to others the kernel says that all of it is there.
+    """
+    start: int | None = _libc.mmap(None, nbytes, 0, mmap.MAP_SHARED, fd, offset)
+    if start is None or start == _MAP_FAILED:
+        raise _failed()
+    present = ctypes.create_string_buffer(-(-nbytes // mmap.PAGESIZE))
+    try:
+        if _libc.mincore(start, nbytes, present):
+            raise _failed()
+    finally:
+        _libc.munmap(start, nbytes)
+    return present.raw[: -(-nbytes // mmap.PAGESIZE)].count(b"\1")
+
+
+def be_idle_io() -> None:
+    """From now on this thread's reads give way to everyone else's, where the disk's scheduler knows priorities."""
+    if _ioprio_set(_SYS_IOPRIO_SET, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_IDLE):
         raise _failed()
