@@ -41,11 +41,11 @@ class FillerConfig:
 
     Attributes:
         depth: reads under way at once.
-        depth_beside_demand: the same while somebody waits for a read that reached user space.
+        depth_beside_demand: the same while somebody waits for a request that reached user space.
     """
 
     depth: int = 16
-    depth_beside_demand: int = 2
+    depth_beside_demand: int = 4
 
 
 @dataclass(eq=False, slots=True)
@@ -179,9 +179,7 @@ class Filler:
 
     def _wait_while_too_many(self) -> bool:
         """Wait while halted, or while a demand read has the disk; False at the end."""
-        while not self._ends and (
-            self.halted or (self._working > self._config.depth_beside_demand and self._demand())
-        ):
+        while not self._ends and (self.halted or (self._working > self._config.depth_beside_demand and self._demand())):
             self._turn.wait(None if self.halted else _HELD_S)
         return not self._ends
 

@@ -10,7 +10,7 @@ from weightfs.formats.layout import WeightLayout
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """The half-open byte range `[offset, offset + nbytes)` of one file; `file` is its name within the model's folder."""
+    """The half-open byte range `[offset, offset + nbytes)` of one file, by its name in the model's folder."""
 
     file: str
     offset: int

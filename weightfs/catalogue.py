@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import dataclass
 from typing import Final
 
-from weightfs.errors import EntryError, FormatError, ShortReadError, WeightfsError
+from weightfs.errors import EntryError, FormatError, ShortReadError
 from weightfs.formats import format_of, merge_shards
 from weightfs.formats.layout import WeightLayout
 from weightfs.library import Library
@@ -113,7 +112,6 @@ class Catalogue:
             found.close()
             return None
         except BaseException:
-            with contextlib.suppress(WeightfsError):
-                found.close()
+            found.close()
             raise
         return found

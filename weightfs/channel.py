@@ -166,6 +166,10 @@ class Channel:
         """What pyfuse3 is to be given as mountpoint."""
         return f"/dev/fd/{self._theirs.fileno()}"
 
+    def is_asked(self) -> bool:
+        """Whether a request waits for its answer. Callable from any thread."""
+        return len(self._outstanding) > 0
+
     def held_s(self, nodeid: int) -> float:
         """For how long the oldest LOOKUP or listing of a folder has waited, with the kernel's lock of that folder.
 

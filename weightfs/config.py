@@ -9,7 +9,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from weightfs.errors import UsageError
@@ -22,8 +22,10 @@ _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
     "allow_other": (bool,),
     "deadline_s": (int, float),
     "attribute_timeout_s": (int, float),
+    "draft": (dict,),
 }
 WATCH: Final = ("auto", "off")
+PREFETCH: Final = ("layers", "whole", "off")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
 
@@ -44,6 +46,10 @@ class MountConfig:
         attribute_timeout_s: how long the kernel may believe a name or size of a folder that is not watched without
             asking; changes show up after it.
         watch: `auto` watches folders for changes where that works, so that the kernel may believe names for longer.
+        prefetch: the order in which the weights of a model that is opened are read ahead, or `off`.
+        memory_budget: what models may take of memory together, as `20GiB`; None is half of what is available.
+        pin_layers: layers that are locked in memory once read, as `0-3`.
+        draft: model -> the one that drafts for it, as paths below the source; it is read first.
     """
 
     source: str
@@ -57,12 +63,20 @@ class MountConfig:
     deadline_s: float = 30.0
     attribute_timeout_s: float = 1.0
     watch: str = "auto"
+    prefetch: str = "layers"
+    memory_budget: str | None = None
+    pin_layers: str | None = None
+    draft: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise UsageError(f"engine {self.engine!r} is none of {', '.join(ENGINES)}")
         if self.watch not in WATCH:
             raise UsageError(f"watch {self.watch!r} is none of {', '.join(WATCH)}")
+        if self.prefetch not in PREFETCH:
+            raise UsageError(f"prefetch {self.prefetch!r} is none of {', '.join(PREFETCH)}")
+        if not all(isinstance(one, str) for one in self.draft.values()):
+            raise UsageError("draft is a table of paths", mend='write [draft] and "big-model" = "small-model"')
         if self.log_level not in LOG_LEVELS:
             raise UsageError(f"log level {self.log_level!r} is none of {', '.join(LOG_LEVELS)}")
         if self.mountpoint != self.source and self.mountpoint.startswith(self.source.rstrip("/") + "/"):

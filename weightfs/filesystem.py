@@ -70,6 +70,10 @@ class Filesystem:
         index: remembers numbers and layouts.
         handles: shared with the channel, which adds and discards handles.
         texts: content of the files in `.weightfs/`, by name; called in any thread.
+
+    Attributes:
+        wanted: told of each file that is opened and each link that is followed: its path, and the thread that asks.
+        opens: how often a file was opened.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class Filesystem:
         self._walk = ListAhead(source)
         self._listings = Listings(self._asking, self._tree, self._views, self._virtual, self._walk)
         self._beliefs: Beliefs | None = None
+        self.wanted: Callable[[bytes, int], None] = lambda path, thread: None
         self.opens = 0
 
     # Changes
@@ -215,7 +220,7 @@ class Filesystem:
             return found
         return self._believed(sight, folder, node, name, found)
 
-    async def readlink(self, inode: int) -> bytes:
+    async def readlink(self, inode: int, thread: int = 0) -> bytes:
         """The target of a symlink.
 
         Raises:
@@ -226,6 +231,7 @@ class Filesystem:
         if node is None or node.kind is not Kind.SOURCE:
             raise NotASymlinkError("is no symlink")
         path = self._tree.path(node)
+        self.wanted(path, thread)  # the link has the name a loader knows; in some layouts its target has a digest
         try:
             return await self._asking.wait(self._source.readlink, path)
         except OSError as e:
@@ -264,7 +270,7 @@ class Filesystem:
 
     # Opening
 
-    async def open(self, inode: int, flags: int) -> Opened:
+    async def open(self, inode: int, flags: int, thread: int = 0) -> Opened:
         """Open a file; its handle is in the table already, and this attaches what serves it.
 
         Raises:
@@ -294,6 +300,7 @@ class Filesystem:
             raise StaleError("it has changed unseen", path=os.fsdecode(path))
         promise = entry.size, entry.mtime_ns
         self._open_files.serve(inode, fd, lambda: (WholeFile(self._source, path, fd, promise), fd))
+        self.wanted(path, thread)
         return Opened(keep_cache=self._open_files.is_cached(inode, entry.identity))
 
     async def reopen(self, inode: int) -> None:

@@ -129,7 +129,7 @@ class FuseOperations(pyfuse3.Operations):
     @_answered
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
         """READLINK."""
-        return await self._filesystem.readlink(inode)
+        return await self._filesystem.readlink(inode, ctx.pid)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """FORGET, single or in a batch."""
@@ -139,7 +139,7 @@ class FuseOperations(pyfuse3.Operations):
     @_answered
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """OPEN; the channel makes the handle."""
-        opened = await self._filesystem.open(inode, flags)
+        opened = await self._filesystem.open(inode, flags, ctx.pid)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(0), keep_cache=opened.keep_cache, direct_io=opened.direct)
 
     @_answered

@@ -243,7 +243,6 @@ def cachestat(fd: int, offset: int, nbytes: int) -> int:
     return int(struct.unpack_from("<Q", found)[0])
 
 
-
 def mincore(fd: int, offset: int, nbytes: int) -> int:
     """How many pages of a range of a file are in the page cache and up to date; `offset` is a page's start.
 

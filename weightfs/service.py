@@ -17,18 +17,20 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 import pyfuse3
 import trio
 
+from prefetch.scheduler import Scheduler, SchedulerConfig
 from weightfs import control_server, metrics, mounts
 from weightfs.beliefs import Beliefs, resynchronise
+from weightfs.catalogue import Catalogue
 from weightfs.channel import Channel, ChannelConfig
 from weightfs.config import MountConfig, listen_address
 from weightfs.control import Peer
-from weightfs.errors import UnfitError, WeightfsError
+from weightfs.errors import UnfitError, UsageError, WeightfsError
 from weightfs.filesystem import Filesystem, FilesystemConfig
 from weightfs.fuse import FuseOperations, errno_of
 from weightfs.handles import HandleTable
@@ -52,6 +54,7 @@ _CRAWL_AFTER_TAKEOVER_S: Final = 30.0
 _STACKED: Final = frozenset({0x794C7630})  # overlayfs
 _FUSE: Final = 0x65735546
 STATUS_SCHEMA: Final = 1
+_PREFETCH_COMMANDS: Final = ("warm", "progress", "evict", "residency")
 
 
 class Descriptors(NamedTuple):
@@ -96,6 +99,7 @@ class Service:
         self._index: IndexStore | None = None
         self._filesystem: Filesystem | None = None
         self._indexer: Indexer | None = None
+        self._prefetch: Scheduler | None = None
         self._took_over = False
         self._held: dict[int, int] = {}
         self._orders: dict[str, Any] = {}
@@ -143,6 +147,7 @@ class Service:
                 nursery.start_soon(pyfuse3.main)
                 nursery.start_soon(self._announce, nursery)
                 nursery.start_soon(self._index_behind)
+                nursery.start_soon(self._prefetch_ahead)
                 await channel.run(self._may_read)
                 if self._retires:
                     self._hand_over()
@@ -182,6 +187,12 @@ class Service:
         self._indexer = Indexer(
             self._source, self._index, self._handles, self._filesystem, lambda: self._channel.requests.total()
         )
+        self._prefetch = Scheduler(
+            Catalogue(self._source, self._filesystem.library),
+            SchedulerConfig(mode=self.config.prefetch, drafts=self.config.draft),
+            self._channel.is_asked,
+        )
+        self._filesystem.wanted = self._prefetch.opened
         self._start_watching()
         orphans = adopt(self._handles, self._ledger, self._keeper, self._held)
         self._held = {}
@@ -239,6 +250,11 @@ class Service:
             if self._took_over:
                 await trio.sleep(_CRAWL_AFTER_TAKEOVER_S)
             await self._indexer.run()
+
+    async def _prefetch_ahead(self) -> None:
+        await self._serves.wait()
+        if self._prefetch is not None:
+            await self._prefetch.run()
 
     async def _listen(self, scope: trio.CancelScope) -> None:
         """Do what the supervisor says; without one, end the mount."""
@@ -357,12 +373,36 @@ class Service:
             "indexing": self._indexer.status() if self._indexer is not None else None,
             "watch": self._beliefs.status() if self._beliefs else {"state": "off", "reason": self._unwatched},
             "index": {"epoch": index.epoch, "set_aside": index.set_aside},
+            "control_socket": self.config.control_socket if self._control is not None else None,
             "resident_bytes": None,
-            "prefetch": None,
+            "prefetch": self._prefetch.status() if self._prefetch is not None else None,
         }
 
     def _commands(self) -> dict[str, control_server.Command]:
-        return {"status": self._control_status, "crawl": self._control_crawl}
+        return {
+            "status": self._control_status,
+            "crawl": self._control_crawl,
+            **{name: functools.partial(self._control_prefetch, name) for name in _PREFETCH_COMMANDS},
+        }
+
+    async def _control_prefetch(self, name: str, request: Mapping[str, Any], peer: Peer) -> dict[str, Any]:
+        """`warm`, `evict`, `residency` of a path below the mountpoint; `progress` of models."""
+        assert self._prefetch is not None
+        models, path, layers = request.get("models", []), request.get("path", ""), request.get("layers")
+        if not isinstance(path, str) or not isinstance(models, list) or not isinstance(layers, list | None):
+            raise UsageError("path is text, models and layers are lists of text")
+        below = os.fsencode(path)
+        call: Callable[[], list[dict[str, Any]]]
+        match name:
+            case "warm":
+                call = functools.partial(self._prefetch.warm, below, layers)
+            case "progress":
+                call = functools.partial(self._prefetch.progress, models)
+            case "evict":
+                call = functools.partial(self._prefetch.evict, below)
+            case _:
+                call = functools.partial(self._prefetch.residency, below)
+        return {"models": await trio.to_thread.run_sync(call, abandon_on_cancel=True)}
 
     async def _control_crawl(self, request: Mapping[str, Any], peer: Peer) -> dict[str, Any]:
         assert self._indexer is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from weightfs.cli import demo, inspecting, mounting, setup
+from weightfs.cli import demo, inspecting, mounting, setup, warming
 
 app = typer.Typer(
     name="weightfs",
@@ -16,6 +16,9 @@ app = typer.Typer(
 app.command()(mounting.mount)
 app.command()(mounting.umount)
 app.command()(mounting.status)
+app.command()(warming.warm)
+app.command()(warming.evict)
+app.command()(warming.residency)
 app.command()(inspecting.ls)
 app.command()(inspecting.verify)
 app.command()(inspecting.doctor)

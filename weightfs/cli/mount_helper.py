@@ -10,7 +10,19 @@ from weightfs.cli.output import reporting
 from weightfs.config import mount_config
 from weightfs.errors import UsageError
 
-_TEXT: Final = frozenset({"engine", "state_dir", "metrics_listen", "control_group", "log_level", "watch"})
+_TEXT: Final = frozenset(
+    {
+        "engine",
+        "state_dir",
+        "metrics_listen",
+        "control_group",
+        "log_level",
+        "watch",
+        "prefetch",
+        "pin_layers",
+        "memory_budget",
+    }
+)
 _NUMBER: Final = frozenset({"deadline_s", "attribute_timeout_s"})
 # What mount(8) passes on or fstab says for itself. `rw` is its default, and no request to write.
 _IGNORED: Final = frozenset({

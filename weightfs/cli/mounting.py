@@ -42,6 +42,9 @@ def mount(
     metrics_listen: Annotated[str | None, typer.Option(help="HOST:PORT for Prometheus.")] = None,
     control_group: Annotated[str | None, typer.Option(help="Group that may use the control socket.")] = None,
     watch: Annotated[str | None, typer.Option(help="Watch folders for changes: auto or off.")] = None,
+    prefetch: Annotated[str | None, typer.Option(help="Read ahead by layers, whole files, or off.")] = None,
+    pin_layers: Annotated[str | None, typer.Option(help="Layers to lock in memory, as 0-3.")] = None,
+    memory_budget: Annotated[str | None, typer.Option(help="For models together, as 20GiB.")] = None,
     config: Annotated[str | None, typer.Option(help="TOML file with the same names.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     as_json: Json = False,
@@ -59,6 +62,9 @@ def mount(
             "control_group": control_group,
             "log_level": log_level,
             "watch": watch,
+            "prefetch": prefetch,
+            "pin_layers": pin_layers,
+            "memory_budget": memory_budget,
         }
         settings = mount_config(source, mountpoint, config, options)
         if replace and (running := _running(settings)):

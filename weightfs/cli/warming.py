@@ -1,0 +1,169 @@
+"""`warm`, `evict`, `residency`: what is in memory, asked of the daemon whose mount a path lies on."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Annotated, Any, Final
+
+import typer
+
+from weightfs import mounts
+from weightfs.cli.mounting import Json
+from weightfs.cli.output import emit, human_bytes, printable, reporting, say
+from weightfs.control import ask
+from weightfs.errors import BusyError, WeightfsError
+
+_ANSWER_S: Final = 35.0
+_LOOK_S: Final = 0.1
+_BAR: Final = 30
+
+Paths = Annotated[list[str], typer.Argument(help="Weight files or folders on a mount.", metavar="PATH...")]
+
+
+def warm(
+    paths: Paths,
+    layers: Annotated[str | None, typer.Option(help="Only these layers, as 0-3 or embedding,0-3.")] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return once reading has begun.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Bring models into memory in the order a loader needs them.
+
+    Example: weightfs warm /models/llama
+    """
+    with reporting(as_json=as_json):
+        wanted = None if layers is None else _labels(layers)
+        begun: dict[str, dict[str, dict[str, Any]]] = {}
+        for path in paths:
+            socket, below = _place(path)
+            models = _ask(socket, {"command": "warm", "path": below, "layers": wanted}, path)
+            begun.setdefault(socket, {}).update({one["model"]: one for one in models})
+        started = time.monotonic()
+        if not no_wait:
+            for socket, models_of in begun.items():
+                _watch(socket, models_of)
+        seconds = time.monotonic() - started
+        done = [one for models_of in begun.values() for one in models_of.values()]
+        if as_json:
+            emit({"models": done, "seconds": round(seconds, 3)})
+        else:
+            for one in done:
+                what = one["failure"] or ("is being read" if one["active"] else f"{seconds:.1f} s")
+                size, read = human_bytes(one["bytes"]), human_bytes(one["filled_bytes"])
+                say(f"{printable(one['model'])}: {size}, {read} read: {printable(what)}")
+        if failed := next((one for one in done if one["failure"]), None):
+            raise WeightfsError(f"is not wholly in memory: {failed['failure']}", path=failed["model"])
+
+
+def evict(paths: Paths, as_json: Json = False) -> None:
+    """Drop models from memory; what a process has mapped stays.
+
+    Example: weightfs evict /models/llama
+    """
+    with reporting(as_json=as_json):
+        found = []
+        for path in paths:
+            socket, below = _place(path)
+            found += _ask(socket, {"command": "evict", "path": below}, path)
+        if as_json:
+            emit({"models": found})
+            return
+        for one in found:
+            gone, left = human_bytes(one["evicted_bytes"]), human_bytes(one["resident_bytes"])
+            say(f"{printable(one['model'])}: {gone} dropped, {left} stay")
+
+
+def residency(
+    path: Annotated[str, typer.Argument(help="A weight file or folder on a mount.")], as_json: Json = False
+) -> None:
+    """Show how much of each layer is in memory.
+
+    Example: weightfs residency /models/llama --json
+    """
+    with reporting(as_json=as_json):
+        socket, below = _place(path)
+        models = _ask(socket, {"command": "residency", "path": below}, path)
+        if as_json:
+            whole = {key: sum(one[key] for one in models) for key in ("bytes", "resident_bytes")}
+            layers = models[0]["layers"] if len(models) == 1 else []
+            emit({**whole, "layers": layers, "models": models})
+            return
+        for one in models:
+            say(f"{printable(one['model'])}: {human_bytes(one['resident_bytes'])} of {human_bytes(one['bytes'])}")
+            for layer in one["layers"]:
+                part = layer["resident_bytes"] / layer["bytes"] if layer["bytes"] else 1.0
+                bar = "█" * round(part * _BAR)
+                say(f"  {printable(layer['layer']):>16} {bar:·<{_BAR}} {part:4.0%} of {human_bytes(layer['bytes'])}")
+
+
+def _place(path: str) -> tuple[str, str]:
+    """The control socket of the mount that a path lies on, and the path below the mountpoint.
+
+    Raises:
+        WeightfsError: it lies on none, or that does not answer.
+    """
+    # Not realpath of the whole: a link that a loader follows has the name it knows.
+    above, last = os.path.split(os.path.abspath(path))
+    full = os.path.join(os.path.realpath(above), last)
+    for here in sorted(mounts.mounted(), key=lambda one: -len(one.mountpoint)):
+        if full == here.mountpoint or full.startswith(here.mountpoint.rstrip("/") + "/"):
+            break
+    else:
+        raise WeightfsError("lies on no weightfs mount", path=path, mend="weightfs status shows the mounts there are")
+    try:
+        with open(os.path.join(here.mountpoint, ".weightfs", "status.json"), encoding="utf-8") as file:
+            socket = json.load(file).get("control_socket")
+    except (OSError, ValueError) as e:
+        raise BusyError("the mount does not answer", path=here.mountpoint) from e
+    if socket is None:
+        raise WeightfsError("the mount has no control socket", path=here.mountpoint, mend="see the daemon's log")
+    return socket, os.path.relpath(full, here.mountpoint) if full != here.mountpoint else ""
+
+
+def _ask(socket: str, request: dict[str, Any], path: str) -> list[dict[str, Any]]:
+    models: list[dict[str, Any]] = ask(socket, request, _ANSWER_S)["models"]
+    if not models:
+        raise WeightfsError("holds no weights whose headers are good", path=path, mend="weightfs verify tells more")
+    return models
+
+
+def _watch(socket: str, models: dict[str, dict[str, Any]]) -> None:
+    """Wait until nothing of it is being read; a terminal sees how far it is."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("", total=sum(one["bytes"] for one in models.values()))
+        for current in _until_done(socket, list(models)):
+            models.update({one["model"]: one for one in current})
+            done = sum(one["filled_bytes"] + one["found_bytes"] for one in models.values())
+            progress.update(task, completed=done)
+
+
+def _until_done(socket: str, names: list[str]) -> Iterator[list[dict[str, Any]]]:
+    while True:
+        current: list[dict[str, Any]] = ask(socket, {"command": "progress", "models": names}, _ANSWER_S)["models"]
+        yield current
+        if not any(one["active"] for one in current):
+            return
+        time.sleep(_LOOK_S)
+
+
+def _labels(text: str) -> list[str]:
+    """Layers as a user names them: `embedding,0-3`.
+
+    Raises:
+        WeightfsError: no such list.
+    """
+    found = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 1 << 16:
+            found += [str(number) for number in range(int(first), int(last) + 1)]
+        elif part.strip():
+            found.append(part.strip())
+    return found
