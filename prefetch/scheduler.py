@@ -27,6 +27,8 @@ from weightfs.formats.layout import WeightLayout
 
 log = logging.getLogger(__name__)
 
+WARM: Final = "warm"
+"""The trigger of what was asked for, not opened."""
 _QUEUE: Final = 256
 _THREADS: Final = 8
 _AGAIN_S: Final = 1.0
@@ -219,7 +221,8 @@ class Scheduler:
         now = time.monotonic()
         with self._lock:
             known = self._models.get(key)
-            if known is not None and layers is None and (known.is_active or now - known.wanted_s < _AGAIN_S):
+            lately = trigger != WARM and known is not None and now - known.wanted_s < _AGAIN_S
+            if known is not None and layers is None and (known.is_active or lately):
                 known.wanted_s = now
                 return known
         opened = self._shelf.open(*key)
@@ -255,7 +258,7 @@ class Scheduler:
 
     def warm(self, path: bytes, layers: Collection[str] | None) -> list[dict[str, Any]]:
         """Begin to read the models below a path; gives the progress of each."""
-        return [one.document() for one in self._begin_all(path, "warm", 0, layers)]
+        return [one.document() for one in self._begin_all(path, WARM, 0, layers)]
 
     def progress(self, names: Collection[str]) -> list[dict[str, Any]]:
         """How far models are that `warm` named."""

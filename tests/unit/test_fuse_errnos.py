@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import types
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -111,10 +112,10 @@ class Fake:
     async def getattr(self, inode: int) -> Attributes:
         return cast(Attributes, await self._answer(ATTRIBUTES))
 
-    async def readlink(self, inode: int) -> bytes:
+    async def readlink(self, inode: int, thread: int) -> bytes:
         return cast(bytes, await self._answer(b"target"))
 
-    async def open(self, inode: int, flags: int) -> Opened:
+    async def open(self, inode: int, flags: int, thread: int) -> Opened:
         return cast(Opened, await self._answer(Opened(keep_cache=self.keep, direct=not self.keep)))
 
     async def readdir(self, inode: int, after: int) -> list[DirectoryEntry]:
@@ -138,7 +139,7 @@ class Fake:
         self.taken.append(entry.name)
 
 
-CONTEXT = cast(pyfuse3.RequestContext, None)
+CONTEXT = cast(pyfuse3.RequestContext, types.SimpleNamespace(pid=1))
 HANDLERS: dict[str, tuple[Any, ...]] = {
     "lookup": (1, b"name", CONTEXT),
     "getattr": (7, CONTEXT),
