@@ -150,16 +150,17 @@ class Scheduler:
         """Work off triggers until cancelled."""
         try:
             async with trio.open_nursery() as nursery, self._receive:
-                async for path, thread in self._receive:
-                    await self._limiter.acquire_on_behalf_of(path_token := object())
-                    nursery.start_soon(self._follow, path, thread, path_token)
+                async for path, process in self._receive:
+                    token = object()
+                    await self._limiter.acquire_on_behalf_of(token)
+                    nursery.start_soon(self._follow, path, process, token)
         finally:
             self._filler.close()
 
-    async def _follow(self, path: bytes, thread: int, token: object) -> None:
+    async def _follow(self, path: bytes, process: int, token: object) -> None:
         try:
             await trio.to_thread.run_sync(
-                self._trigger, path, thread, limiter=trio.CapacityLimiter(1), abandon_on_cancel=True
+                self._trigger, path, process, limiter=trio.CapacityLimiter(1), abandon_on_cancel=True
             )
         finally:
             self._limiter.release_on_behalf_of(token)
@@ -176,8 +177,13 @@ class Scheduler:
         if now - self._recent.get(key, -_AGAIN_S) < _AGAIN_S:
             self.coalesced += 1
             return
+        # It waits for our answer, so it is still there to be looked at.
+        process, program = process_of(thread)
+        if program in COPIERS:
+            self.walks += 1
+            return
         try:
-            self._send.send_nowait((path, thread))
+            self._send.send_nowait((path, process))
         except trio.WouldBlock:
             self.coalesced += 1
             return
@@ -186,12 +192,8 @@ class Scheduler:
         if len(self._recent) > _REMEMBERED:
             self._recent.popitem(last=False)
 
-    def _trigger(self, path: bytes, thread: int) -> None:
+    def _trigger(self, path: bytes, process: int) -> None:
         """Find what a path speaks of and begin to read it. In a worker thread."""
-        process, program = process_of(thread)
-        if program in COPIERS:
-            self.walks += 1
-            return
         with self._lock:
             walks = self._walkers.is_walking(process, os.path.dirname(path), time.monotonic())
             begun = [one for one in self._models.values() if one.process == process and one.is_active] if walks else []
