@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol
 import trio
 
 from prefetch.filler import Fill, Filler, FillerConfig, cut
-from prefetch.plan import Layer, Plan, plan_of
+from prefetch.plan import Layer, Plan, plan_of, whole_file_plan
 from prefetch.residency import drop, resident_bytes, resident_of
 from prefetch.walkers import COPIERS, Walkers, process_of
 from weightfs.formats import format_of
@@ -230,7 +230,8 @@ class Scheduler:
         opened = self._shelf.open(*key)
         if opened is None:
             return None
-        plan = plan_of(opened.layout, opened.sizes)
+        planner = whole_file_plan if self._config.mode == "whole" else plan_of
+        plan = planner(opened.layout, opened.sizes)
         wanted = [layer for layer in plan.layers if layers is None or layer.label in layers]
         extents = [extent for layer in self._affordable(wanted) for extent in layer.extents]
         with self._lock:
