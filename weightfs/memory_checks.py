@@ -58,7 +58,7 @@ def memory_lock() -> Check:
     return Check(
         "memory-lock",
         "degraded",
-        f"at most {hard >> 10} KiB may be locked (soft limit {soft >> 10} KiB): layers that are pinned (--pin-layers) and "
+        f"at most {hard >> 10} KiB may be locked (soft limit {soft >> 10} KiB): pinned layers (--pin-layers) and "
         "pinned buffers must fit in that",
         "LimitMEMLOCK=infinity in the unit; in a shell, as root: ulimit -l unlimited; "
         "for users: `* - memlock unlimited` in /etc/security/limits.d/weightfs.conf; docker: --ulimit memlock=-1",
