@@ -152,11 +152,11 @@ class Pressure:
                 del self._triggers[fd]
                 os.close(fd)
             elif events & select.POLLPRI:
-                found = Reason("stall", f"{path}: tasks waited for memory for {STALL_US // 1000} ms within 1 s")
+                found = _stall(path, STALL_US)
         for stall in self._stalls:
             waited_us = stall.waited_us(now)
             if waited_us >= STALL_US:
-                found = Reason("stall", f"{stall.path}: tasks waited for memory for {waited_us // 1000} ms within 1 s")
+                found = _stall(stall.path, waited_us)
         return found
 
 
@@ -227,6 +227,10 @@ class _Stall(_File):
     def _total(self) -> int:
         found = _WAITED.search(self.read())
         return int(found[1]) if found else 0
+
+
+def _stall(path: str, waited_us: int) -> Reason:
+    return Reason("stall", f"{path}: tasks waited for memory for {waited_us // 1000} ms within {WINDOW_US // 1000} ms")
 
 
 def _trigger(path: str) -> int | None:
