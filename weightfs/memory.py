@@ -45,6 +45,21 @@ class MemoryGroup:
             place = os.path.dirname(place)
 
 
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What a control group may hold.
+
+    Attributes:
+        path: the group's folder.
+        nbytes: the limit.
+        free_bytes: what is left under it, inactive file pages counted as free.
+    """
+
+    path: str
+    nbytes: int
+    free_bytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """What a process may fill, as far as it can be read.
@@ -53,15 +68,23 @@ class Memory:
         total_bytes: MemTotal; 0 where /proc/meminfo can't be read.
         available_bytes: MemAvailable: free, or taken from page cache without loss.
         group: what this process's page cache is charged to; None where that is nobody but the machine.
-        group_limit_bytes: the smallest limit of the group and those above it; None where there is none.
-        group_free_bytes: what is left under these limits, inactive file pages counted as free; None without a limit.
+        limits: of the group and those above it.
     """
 
     total_bytes: int
     available_bytes: int
     group: MemoryGroup | None = None
-    group_limit_bytes: int | None = None
-    group_free_bytes: int | None = None
+    limits: tuple[Limit, ...] = ()
+
+    @property
+    def lowest(self) -> Limit | None:
+        """The smallest of the limits, if there are any."""
+        return min(self.limits, key=lambda limit: limit.nbytes, default=None)
+
+    @property
+    def tightest(self) -> Limit | None:
+        """The limit that leaves the least."""
+        return min(self.limits, key=lambda limit: limit.free_bytes, default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,26 +116,26 @@ def budget_of(asked_bytes: int | None, memory: Memory) -> Budget:
     What was asked for is held against the group's limit and not against what is left under it, which shrinks as the
     budget is spent.
     """
-    group, limit, free = memory.group, memory.group_limit_bytes, memory.group_free_bytes
+    lowest, tightest = memory.lowest, memory.tightest
     if asked_bytes is None:
         nbytes, limited_by = memory.available_bytes // 2, "half of the available memory"
-        if group is not None and free is not None and free // 2 < nbytes:
-            nbytes, limited_by = free // 2, f"half of what the limit of {group.path} leaves"
+        if tightest is not None and tightest.free_bytes // 2 < nbytes:
+            nbytes, limited_by = tightest.free_bytes // 2, f"half of what the limit of {tightest.path} leaves"
     else:
         nbytes, limited_by = asked_bytes, "what was asked for"
         if nbytes > memory.available_bytes:
             nbytes, limited_by = memory.available_bytes, "the available memory, which is less than was asked for"
-        if group is not None and limit is not None and limit < nbytes:
-            nbytes, limited_by = limit, f"the limit of {group.path}, which is less than was asked for"
+        if lowest is not None and lowest.nbytes < nbytes:
+            nbytes, limited_by = lowest.nbytes, f"the limit of {lowest.path}, which is less than was asked for"
     if memory.total_bytes == 0:
         nbytes, limited_by = 0, "/proc/meminfo, which can't be read"
     return Budget(
         nbytes=nbytes,
         asked_bytes=asked_bytes,
         available_bytes=memory.available_bytes,
-        cgroup=None if group is None else group.path,
-        cgroup_limit_bytes=limit,
-        cgroup_free_bytes=free,
+        cgroup=None if memory.group is None else memory.group.path,
+        cgroup_limit_bytes=None if lowest is None else lowest.nbytes,
+        cgroup_free_bytes=None if tightest is None else tightest.free_bytes,
         limited_by=limited_by,
     )
 
@@ -124,13 +147,11 @@ def read_memory(root: str = "/") -> Memory:
     if available is None:  # a /proc that is emulated may lack it
         available = meminfo_bytes(text, "MemFree") or 0
     group = memory_group(root)
-    limits = [] if group is None else list(_limits(group))
     return Memory(
         total_bytes=meminfo_bytes(text, "MemTotal") or 0,
         available_bytes=available,
         group=group,
-        group_limit_bytes=min((limit for limit, _ in limits), default=None),
-        group_free_bytes=min((free for _, free in limits), default=None),
+        limits=() if group is None else tuple(_limits(group)),
     )
 
 
@@ -188,14 +209,13 @@ def _mounts(root: str) -> Iterator[tuple[str, str, str, str]]:
             yield mounted, point, fstype, rest.rpartition(" ")[2]
 
 
-def _limits(group: MemoryGroup) -> Iterator[tuple[int, int]]:
-    """Each limit that holds, with what is left under it."""
+def _limits(group: MemoryGroup) -> Iterator[Limit]:
     for place in group.upwards():
         limits = [_number(place, name) for name in _LIMITS[group.version]]
         here = min((limit for limit in limits if limit is not None and limit < _UNLIMITED_BYTES), default=None)
         if here is not None:
             used = _number(place, _USED[group.version]) or 0
-            yield here, max(0, min(here, here - used + _inactive(place, group.version)))
+            yield Limit(place, here, max(0, min(here, here - used + _inactive(place, group.version))))
 
 
 def _number(place: str, name: str) -> int | None:

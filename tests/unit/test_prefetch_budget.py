@@ -47,6 +47,7 @@ def test_a_group_further_up_may_leave_less(machine: FakeMachine) -> None:
     budget = effective_budget(root=machine.root)
     assert budget.cgroup == machine.path("/sys/fs/cgroup/memory/a/b")
     assert (budget.cgroup_limit_bytes, budget.cgroup_free_bytes, budget.nbytes) == (8 * GIB, 2 * GIB, 1 * GIB)
+    assert budget.limited_by == f"half of what the limit of {machine.path('/sys/fs/cgroup/memory/a')} leaves"
 
 
 def test_without_limits_the_group_is_still_named(machine: FakeMachine) -> None:
@@ -93,7 +94,9 @@ def test_the_controller_may_be_on_further_up_only(machine: FakeMachine) -> None:
     group = memory_group(machine.root)
     assert group is not None
     assert (group.path, group.version) == (machine.path("/sys/fs/cgroup/a"), 2)
-    assert read_memory(machine.root).group_limit_bytes == 3 * GIB
+    lowest = read_memory(machine.root).lowest
+    assert lowest is not None
+    assert lowest.nbytes == 3 * GIB
 
 
 def test_a_container_sees_its_own_group_as_the_topmost(machine: FakeMachine) -> None:
