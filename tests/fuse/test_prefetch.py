@@ -317,7 +317,7 @@ sys.stdin.read()
         assert "has room for" in said["failure"]
         assert resident(os.path.join(three, "a", "model.safetensors")) == 1
     assert warm(mount, "c")["failure"] is None
-    assert resident(os.path.join(three, "a", "model.safetensors")) == 0
+    assert resident(os.path.join(three, "a", "model.safetensors")) < 0.05, "but for its header, which was read again"
 
 
 def test_a_budget_lets_the_first_layers_in(three: str, mounter: Mounter) -> None:
