@@ -153,3 +153,30 @@ def test_tasks_that_wait_for_memory(
                 time.sleep(0.25)
     print(f"{reason} after {time.monotonic() - began:.2f} s")
     assert reason.kind in ("stall", "limit")
+
+
+def test_what_is_pinned_outlives_what_is_read(group: MemoryGroup, weights: Path) -> None:
+    """Twice three times what the group may hold is read; a part that was read once and not pinned is gone by then."""
+    found = in_group(
+        group,
+        weights,
+        """
+from prefetch.pins import Pins
+from tests.helpers.page_cache import resident_bytes
+part = 16 << 20
+with open(path, "rb") as file:
+    fd = file.fileno()
+    pins = Pins()
+    pinned = pins.pin("hot", fd, [(0, part)])
+    os.pread(fd, part, part)
+    for _ in range(2):
+        for at in range(2 * part, os.fstat(fd).st_size, 1 << 20):
+            os.pread(fd, 1 << 20, at)
+print(json.dumps({
+    "pinned": pinned, "hot": resident_bytes(path, 0, part), "cold": resident_bytes(path, part, part)
+}))
+""",
+    )
+    assert found["pinned"] == found["hot"] == 16 * MIB
+    assert isinstance(found["cold"], int)
+    assert found["cold"] < 4 * MIB

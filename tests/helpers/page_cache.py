@@ -12,9 +12,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 
 
-def resident_bytes(path: str | os.PathLike[str]) -> int:
-    """Bytes of a file that are resident, in whole pages."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+def resident_bytes(path: str | os.PathLike[str], offset: int = 0, nbytes: int = 0) -> int:
+    """Bytes of a part of a file, by default of all of it, that are resident, in whole pages."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), nbytes, offset=offset, prot=mmap.PROT_READ) as mapped:
         array = np.frombuffer(mapped, dtype=np.uint8)
         pages = -(-len(mapped) // mmap.PAGESIZE)
         answer = ctypes.create_string_buffer(pages)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from prefetch import pressure
 from prefetch.pressure import HOLD_S, Pressure
 from tests.helpers.fake_memory import GIB, MIB, MOUNTED_V1, MOUNTED_V2, V1, V2, FakeMachine
 
@@ -186,3 +187,26 @@ def test_the_real_one_is_quick_and_leaves_nothing_open() -> None:
         assert sorted(took)[100] < 200e-6
         print(f"median {sorted(took)[100] * 1e6:.0f} us, {pressure.sources}")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_trigger_whose_group_is_gone_is_given_up(
+    with_group: FakeMachine, open_scenes: list[Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe without a reader says POLLERR, as such a trigger does."""
+    ends: list[int] = []
+
+    def trigger(_: str) -> int:
+        reader, writer = os.pipe()
+        os.close(reader)
+        ends.append(writer)
+        return writer
+
+    monkeypatch.setattr(pressure, "_trigger", trigger)
+    with Pressure(with_group.root) as watched:
+        assert list(watched.sources.values()) == ["trigger", "trigger"]
+        assert watched.check() is None
+        assert watched.sources == {}
+        for fd in ends:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(fd)
+        assert watched.check() is None
