@@ -102,7 +102,7 @@ def test_a_long_load_is_thinned_evenly_and_still_adds_up(count: int) -> None:
     found = resident(said)
     assert len(found) <= SAMPLES
     assert found[0] == (0.0, [0, 0])
-    assert found[-1] == (pytest.approx((count - 1) * 0.1), [count - 1, (count - 1) // 2])
+    assert found[-1][1] == [count - 1, (count - 1) // 2]
     for at_s, numbers in found:
         number = round(at_s * 10)
         assert numbers == [number, number // 2]
