@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import pathlib
 import struct
 from collections.abc import Iterator
@@ -131,10 +132,21 @@ def test_bars_stand_where_their_parts_came(shown: tuple[Browser, int, str]) -> N
     assert middle - plot["left"] == pytest.approx(1.2 / 3.2 * wide, abs=1.5)
 
 
+def test_times_stand_under_their_lines(shown: tuple[Browser, int, str]) -> None:
+    browser, _, _ = shown
+    lines = boxes(browser, "#load-0 .waterfall line.grid")
+    times = boxes(browser, "#load-0 .waterfall .ticks span")
+    assert [one["title"] for one in times] == ["0", "0.80 s", "1.60 s", "2.40 s", "3.20 s"]
+    for line, time in zip(lines[1:], times[1:], strict=False):
+        assert (time["left"] + time["right"]) / 2 == pytest.approx(line["left"], abs=1.5)
+    for one, other in itertools.pairwise(times):
+        assert one["right"] < other["left"]
+
+
 def test_text_can_be_read(shown: tuple[Browser, int, str]) -> None:
     browser, _, _ = shown
     found = browser.value(CONTRASTS)
-    assert len(found) > 200
+    assert len(found) > 200  # the tables are opened for it
     assert min(found)[0] >= 4.5, min(found)
 
 

@@ -69,10 +69,10 @@ def test_strange_names_stay_text() -> None:
 def test_what_was_not_observed_is_said_so() -> None:
     text = waterfall.page({"loads": [cold()]}, "/models")
     assert '<dt>First demand wait</dt><dd class="none">not observed</dd>' in text
-    assert "demand wait</li>" not in text
+    assert "waited</li>" not in text
     waited = waterfall.page({"loads": [sample_document()["loads"][1]]}, "/models")
     assert "<dt>First demand wait</dt><dd>0.40 s at 0.10 s</dd>" in waited
-    assert "demand wait</li>" in waited
+    assert "waited</li>" in waited
 
 
 def test_every_drawing_has_a_title_and_a_description() -> None:
@@ -80,7 +80,13 @@ def test_every_drawing_has_a_title_and_a_description() -> None:
     for drawing in re.findall(r'<svg role="img" aria-labelledby="(\S+) (\S+)"', body):
         for name in drawing:
             assert body.count(f'id="{name}"') == 1
-    assert len(re.findall(r"<svg role", body)) == 6
+    assert len(re.findall(r"<svg role", body)) == 4
+
+
+def test_a_load_that_nobody_looked_at_has_no_plots() -> None:
+    text = waterfall.page({"loads": [sample_document()["loads"][0]]}, "/models")
+    assert "Nobody looked" in text
+    assert "<svg" not in text
 
 
 def test_page_of_no_loads() -> None:

@@ -100,9 +100,17 @@ def _load(number: int, load: Mapping[str, Any]) -> str:
     return (
         f'<section class="load" id="load-{number}" aria-labelledby="name-{number}">\n'
         f'<h2 id="name-{number}">{_text(load["model"])}</h2>\n'
-        f"<p>{_text(load['started'])}, triggered by {_text(load['trigger'])}: {_text(outcome)}</p>\n"
-        f"{_facts(load, samples)}\n<h3>When each part came</h3>\n{_waterfall(number, load, layers, span_s)}\n"
-        f"<h3>Bytes in memory</h3>\n{_area(number, load, samples, span_s)}\n{_tables(load, layers)}\n</section>"
+        f"<p>{_moment(load['started'])}, triggered by {_text(load['trigger'])}: {_text(outcome)}</p>\n"
+        f"{_facts(load, samples)}\n{_plots(number, load, samples, span_s)}\n{_tables(load, layers)}\n</section>"
+    )
+
+
+def _plots(number: int, load: Mapping[str, Any], samples: Sequence[tuple[float, list[int]]], span_s: float) -> str:
+    if not samples:
+        return "<p>Nobody looked at what was in memory.</p>"
+    return (
+        f"<h3>When each part came</h3>\n{_waterfall(number, load, arrivals(load), span_s)}\n"
+        f"<h3>Bytes in memory</h3>\n{_area(number, load, samples, span_s)}"
     )
 
 
@@ -124,7 +132,7 @@ def _facts(load: Mapping[str, Any], samples: Sequence[tuple[float, list[int]]]) 
     facts = [
         ("Weights", human_bytes(size)),
         ("First read submitted", _seconds(load["submitted_s"])),
-        ("Start ready", _seconds(start_ready_s(load))),
+        ("First two parts ready", _seconds(start_ready_s(load))),
         ("Ended", _seconds(ended_s)),
         ("Rate", _rate(samples, ended_s)),
         ("First demand wait", f"{_seconds(wait['waited_s'])} at {_seconds(wait['at_s'])}" if wait else None),
@@ -140,7 +148,8 @@ def _rate(samples: Sequence[tuple[float, list[int]]], ended_s: float | None) -> 
     if not samples or not ended_s:
         return None
     came = sum(samples[-1][1]) - sum(samples[0][1])
-    return f"{came / ended_s / 1e9:.2f} GB/s" if came > 0 else None
+    per_s = came / ended_s / 1e6
+    return None if came <= 0 else f"{per_s / 1000:.2f} GB/s" if per_s >= 1000 else f"{per_s:.3g} MB/s"
 
 
 def _seconds(value: float | None) -> str | None:
@@ -153,7 +162,7 @@ def _seconds(value: float | None) -> str | None:
 
 
 def _waterfall(number: int, load: Mapping[str, Any], layers: Sequence[Arrival], span_s: float) -> str:
-    names = ["opens", "first read"] + (["demand wait"] if load["first_demand_wait"] else [])
+    names = ["opens", "first read"] + (["waited"] if load["first_demand_wait"] else [])
     labels = "".join(f"<li>{name}</li>" for name in names)
     labels += "".join(f'<li title="{_text(one.label)}">{_text(one.label)}</li>' for one in layers)
     shapes = [_event(0, one["at_s"], span_s, f"{one['file']} opened") for one in load["opens"]]
@@ -234,7 +243,10 @@ def _area(number: int, load: Mapping[str, Any], samples: Sequence[tuple[float, l
 
 
 def _plot(name: str, kind: str, labels: str, height: int, told: tuple[str, str], shapes: str, span_s: float) -> str:
-    ticks = "".join(f"<span>{_seconds(span_s * tick / _TICKS) if tick else '0'}</span>" for tick in range(_TICKS + 1))
+    ticks = "".join(
+        f'<span style="left:{tick * 100 / _TICKS:g}%">{_seconds(span_s * tick / _TICKS) if tick else "0"}</span>'
+        for tick in range(_TICKS + 1)
+    )
     return (
         f'<div class="chart {kind}"><ol aria-hidden="true">{labels}</ol><div class="plot">'
         f'<svg role="img" aria-labelledby="{name}-title {name}-desc" height="{height}">'
@@ -267,6 +279,11 @@ def _tables(load: Mapping[str, Any], layers: Sequence[Arrival]) -> str:
         f"<details><summary>Opens as a table</summary><table><thead><tr><th>file</th><th>at</th></tr></thead>"
         f"<tbody>{opens}</tbody></table>{left_out}</details>"
     )
+
+
+def _moment(started: str) -> str:
+    """ISO 8601 in UTC, as people read it."""
+    return f'<time datetime="{_text(started)}">{_text(started[:19].replace("T", " "))} UTC</time>'
 
 
 def _text(value: object) -> str:
