@@ -14,16 +14,17 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import trio
 
 from prefetch.filler import Fill, Filler, FillerConfig, cut
-from prefetch.plan import Layer, Plan, plan_of
-from prefetch.residency import drop, resident_bytes, resident_of
+from prefetch.occupancy import Occupancy, Shelf, drop_model, resident_of_model
+from prefetch.plan import Layer, Plan, plan_of, whole_file_plan
+from prefetch.pressure import Pressure, Reason
+from prefetch.residency import resident_of
 from prefetch.walkers import COPIERS, Walkers, process_of
 from weightfs.formats import format_of
-from weightfs.formats.layout import WeightLayout
 
 log = logging.getLogger(__name__)
 
@@ -34,32 +35,10 @@ _THREADS: Final = 8
 _AGAIN_S: Final = 1.0
 """A model whose plan began less than this ago is not planned again: a loader opens a dozen of its files."""
 _REMEMBERED: Final = 4096
+_PRESSURE_S: Final = 0.25
+_EVERYTHING: Final = 1 << 62
 _TOKENIZERS: Final = ("tokenizer.", "tokenizer_config.", "vocab.", "spiece.", "sentencepiece.")
 _CONFIGURATIONS: Final = frozenset({"config.json", "model_index.json", "generation_config.json", "params.json"})
-
-
-class OpenedModel(Protocol):
-    """A set of weights with its files open: see `weightfs.catalogue.OpenModel`."""
-
-    folder: bytes
-    name: str
-    layout: WeightLayout
-    fds: dict[str, int]
-    sizes: dict[str, int]
-    keys: dict[str, tuple[int, int]]
-
-    def close(self) -> None:
-        """Close the descriptors."""
-
-
-class Shelf(Protocol):
-    """Finds and opens models; all of it may wait for the source. See `weightfs.catalogue.Catalogue`."""
-
-    def names(self, path: bytes) -> list[tuple[bytes, str]]:
-        """The models a path speaks of, as (folder, set)."""
-
-    def open(self, folder: bytes, name: str) -> OpenedModel | None:
-        """One of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,12 +48,14 @@ class SchedulerConfig:
     Attributes:
         mode: `layers` reads in the order a loader needs, `whole` in the order of the files, `off` only on request.
         budget_bytes: what models may take of the page cache together.
+        pinned: labels of the layers that are locked in memory once they were read.
         drafts: folder of a model -> folder of the one that drafts for it, which is read first.
         filler: see `FillerConfig`.
     """
 
     mode: str = "layers"
     budget_bytes: int = 1 << 62
+    pinned: frozenset[str] = frozenset()
     drafts: Mapping[str, str] = field(default_factory=dict)
     filler: FillerConfig = field(default_factory=FillerConfig)
 
@@ -139,6 +120,8 @@ class Scheduler:
         self._limiter = trio.CapacityLimiter(_THREADS)
         self._send, self._receive = trio.open_memory_channel[tuple[bytes, int]](_QUEUE)
         self._walkers = Walkers()
+        self._occupancy = Occupancy(shelf, config.budget_bytes, config.pinned)
+        self._halted: Reason | None = None
         self._recent: OrderedDict[tuple[bytes, int], float] = OrderedDict()
         self._lock = threading.Lock()
         self._models: OrderedDict[tuple[bytes, str], Standing] = OrderedDict()
@@ -150,19 +133,40 @@ class Scheduler:
         """Work off triggers until cancelled."""
         try:
             async with trio.open_nursery() as nursery, self._receive:
-                async for path, thread in self._receive:
-                    await self._limiter.acquire_on_behalf_of(path_token := object())
-                    nursery.start_soon(self._follow, path, thread, path_token)
+                nursery.start_soon(self._yield_to_pressure)
+                async for path, process in self._receive:
+                    token = object()
+                    await self._limiter.acquire_on_behalf_of(token)
+                    nursery.start_soon(self._follow, path, process, token)
         finally:
             self._filler.close()
 
-    async def _follow(self, path: bytes, thread: int, token: object) -> None:
+    async def _follow(self, path: bytes, process: int, token: object) -> None:
         try:
             await trio.to_thread.run_sync(
-                self._trigger, path, thread, limiter=trio.CapacityLimiter(1), abandon_on_cancel=True
+                self._trigger, path, process, limiter=trio.CapacityLimiter(1), abandon_on_cancel=True
             )
         finally:
             self._limiter.release_on_behalf_of(token)
+
+    async def _yield_to_pressure(self) -> None:
+        """Halt while memory is short, and give back what nobody uses."""
+        with Pressure() as pressure:
+            while True:
+                await trio.sleep(_PRESSURE_S)
+                found = pressure.check()
+                if found is not None and self._halted is None:
+                    log.warning("prefetch halts: %s", found.detail)
+                    self._filler.halt(True)
+                    with self._lock:
+                        idle = [(one.key, one.wanted_s) for one in self._models.values() if not one.is_active]
+                    await trio.to_thread.run_sync(
+                        self._occupancy.make_room, _EVERYTHING, idle, limiter=self._limiter, abandon_on_cancel=True
+                    )
+                elif found is None and self._halted is not None:
+                    log.info("prefetch goes on")
+                    self._filler.halt(False)
+                self._halted = found
 
     # Triggers
 
@@ -176,8 +180,13 @@ class Scheduler:
         if now - self._recent.get(key, -_AGAIN_S) < _AGAIN_S:
             self.coalesced += 1
             return
+        # It waits for our answer, so it is still there to be looked at.
+        process, program = process_of(thread)
+        if program in COPIERS:
+            self.walks += 1
+            return
         try:
-            self._send.send_nowait((path, thread))
+            self._send.send_nowait((path, process))
         except trio.WouldBlock:
             self.coalesced += 1
             return
@@ -186,12 +195,8 @@ class Scheduler:
         if len(self._recent) > _REMEMBERED:
             self._recent.popitem(last=False)
 
-    def _trigger(self, path: bytes, thread: int) -> None:
+    def _trigger(self, path: bytes, process: int) -> None:
         """Find what a path speaks of and begin to read it. In a worker thread."""
-        process, program = process_of(thread)
-        if program in COPIERS:
-            self.walks += 1
-            return
         with self._lock:
             walks = self._walkers.is_walking(process, os.path.dirname(path), time.monotonic())
             begun = [one for one in self._models.values() if one.process == process and one.is_active] if walks else []
@@ -228,9 +233,9 @@ class Scheduler:
         opened = self._shelf.open(*key)
         if opened is None:
             return None
-        plan = plan_of(opened.layout, opened.sizes)
+        planner = whole_file_plan if self._config.mode == "whole" else plan_of
+        plan = planner(opened.layout, opened.sizes)
         wanted = [layer for layer in plan.layers if layers is None or layer.label in layers]
-        extents = [extent for layer in self._affordable(wanted) for extent in layer.extents]
         with self._lock:
             again = self._models.get(key)
             if again is not None and again is not known and again.is_active:  # two triggers at once
@@ -241,18 +246,25 @@ class Scheduler:
             self._models.move_to_end(key)
             while len(self._models) > _REMEMBERED:
                 self._models.popitem(last=False)
-            standing.fill = self._filler.start(cut(iter(extents)), opened.fds, opened.close, first=False)
-        return standing
+            others = [one for one in self._models.values() if one is not standing]
+        need = sum(layer.nbytes for layer in wanted)
+        if sum(one.plan.nbytes for one in others) + need <= self._config.budget_bytes:
+            left = need  # even if all of them were in memory; to measure them takes longer than a trigger may
+        else:
+            left = self._occupancy.make_room(need, [(one.key, one.wanted_s) for one in others])
+        affordable = _first_of(wanted, left)
+        extents = [extent for layer in affordable for extent in layer.extents]
 
-    def _affordable(self, layers: Sequence[Layer]) -> list[Layer]:
-        """The layers that the budget has room for, the first ones first."""
-        left, found = self._config.budget_bytes, []
-        for layer in layers:
-            left -= layer.nbytes
-            if left < 0:
-                break
-            found.append(layer)
-        return found
+        def end() -> None:
+            try:
+                self._occupancy.pin(key, plan, opened)
+            finally:
+                opened.close()
+
+        standing.fill = self._filler.start(cut(iter(extents)), opened.fds, end, first=False)
+        if len(affordable) < len(wanted):
+            standing.fill.failure = f"the budget of {self._config.budget_bytes} bytes has room for {left} of {need}"
+        return standing
 
     # On request; in worker threads
 
@@ -277,11 +289,10 @@ class Scheduler:
             opened = self._shelf.open(*key)
             if opened is None:
                 continue
+            self._occupancy.release(key)
             try:
-                before = _resident(opened)
-                for fd in opened.fds.values():
-                    drop(fd)
-                left = _resident(opened)
+                before = resident_of_model(opened)
+                left = drop_model(opened)
             finally:
                 opened.close()
             name = os.path.join(os.fsdecode(key[0]), key[1])
@@ -314,8 +325,8 @@ class Scheduler:
             standing = list(self._models.values())
         return {
             "mode": self._config.mode,
-            "budget_bytes": self._config.budget_bytes,
-            "halted": self._filler.halted,
+            **self._occupancy.status(),
+            "halted": self._halted.detail if self._halted is not None else None,
             "triggers": self.triggers,
             "coalesced": self.coalesced,
             "walks": self.walks,
@@ -336,5 +347,12 @@ def is_trigger(path: bytes) -> bool:
     )
 
 
-def _resident(opened: OpenedModel) -> int:
-    return sum(resident_bytes(fd, 0, opened.sizes[file]) for file, fd in opened.fds.items())
+def _first_of(layers: Sequence[Layer], nbytes: int) -> list[Layer]:
+    """The first layers that have room in `nbytes`."""
+    found = []
+    for layer in layers:
+        nbytes -= layer.nbytes
+        if nbytes < 0:
+            break
+        found.append(layer)
+    return found

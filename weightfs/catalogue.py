@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,7 +11,7 @@ from weightfs.errors import EntryError, FormatError, ShortReadError
 from weightfs.formats import format_of, merge_shards
 from weightfs.formats.layout import WeightLayout
 from weightfs.library import Library
-from weightfs.source.base import Source
+from weightfs.source.base import Source, SourceStat
 
 _INDEX: Final = ".index.json"
 _USUAL: Final = ("model", "diffusion_pytorch_model", "pytorch_model", "consolidated", "adapter_model")
@@ -27,7 +28,7 @@ class OpenModel:
         layout: of all its files.
         fds: a descriptor of each file, by its name in the folder; the caller's to close.
         sizes: of each file in bytes.
-        keys: (device, inode) of each file.
+        keys: (device, inode) of each file, as it is called below the mount and as it is on it.
     """
 
     folder: bytes
@@ -35,7 +36,7 @@ class OpenModel:
     layout: WeightLayout
     fds: dict[str, int]
     sizes: dict[str, int]
-    keys: dict[str, tuple[int, int]]
+    keys: set[tuple[int, int]]
 
     def close(self) -> None:
         """Close the descriptors."""
@@ -45,10 +46,19 @@ class OpenModel:
 
 
 class Catalogue:
-    """The models of one source."""
+    """The models of one source.
 
-    def __init__(self, source: Source, library: Library) -> None:
+    Args:
+        source: where they lie.
+        library: parses headers.
+        shown_as: (device, inode) that a file has on the mount, if it was ever seen there. Callable from any thread.
+    """
+
+    def __init__(
+        self, source: Source, library: Library, shown_as: Callable[[SourceStat], tuple[int, int] | None]
+    ) -> None:
         self._source = source
+        self._shown_as = shown_as
         self._library = library
 
     def names(self, path: bytes) -> list[tuple[bytes, str]]:
@@ -90,7 +100,7 @@ class Catalogue:
             OSError: the source failed.
         """
         files = self._library.sets(self._source.names(folder)).get(name, ())
-        found = OpenModel(folder, name, WeightLayout("", (), ()), {}, {}, {})
+        found = OpenModel(folder, name, WeightLayout("", (), ()), {}, {}, set())
         layouts = []
         try:
             for file in files:
@@ -100,7 +110,9 @@ class Catalogue:
                 fd, entry = self._source.open(path)
                 found.fds[file], found.sizes[file] = fd, entry.size
                 status = os.fstat(fd)
-                found.keys[file] = status.st_dev, status.st_ino
+                found.keys.add((status.st_dev, status.st_ino))
+                if (shown := self._shown_as(entry)) is not None:
+                    found.keys.add(shown)
                 parsed = self._library.parsed(path, entry, file)
                 if not parsed.record.fault:
                     layouts.append(parsed.record.layout(file))

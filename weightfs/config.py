@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from weightfs.errors import UsageError
+from weightfs.sizes import parse_bytes, parse_layers
 
 ENGINES: Final = ("auto", "passthrough", "portable")
 STATE_BASE: Final = "/var/lib/weightfs"
@@ -85,6 +86,10 @@ class MountConfig:
         for name in ("deadline_s", "attribute_timeout_s"):
             if not 0 <= getattr(self, name) <= _LONGEST_S:
                 raise UsageError(f"{name} must lie between 0 and {_LONGEST_S:g} seconds")
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget)
+        if self.pin_layers is not None:
+            parse_layers(self.pin_layers)
         if self.metrics_listen is not None:
             listen_address(self.metrics_listen)
         if self.control_group is not None:
@@ -99,6 +104,16 @@ class MountConfig:
     def state_folder(self) -> str:
         """Where this mount keeps what it remembers."""
         return self.state_dir or default_state_dir(self.source)
+
+    @property
+    def memory_budget_bytes(self) -> int | None:
+        """`memory_budget` in bytes."""
+        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
+
+    @property
+    def pinned_layers(self) -> frozenset[str]:
+        """The labels of `pin_layers`."""
+        return frozenset() if self.pin_layers is None else parse_layers(self.pin_layers)
 
     @property
     def supervisor_socket(self) -> str:

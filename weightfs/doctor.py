@@ -8,20 +8,18 @@ import ctypes.util
 import importlib.metadata
 import os
 import re
-import resource
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
 from typing import Any, Final
 
-from weightfs import linux, mounts, surroundings
+from weightfs import linux, memory_checks, mounts, surroundings
 from weightfs.checks import Check
 from weightfs.config import MountConfig
 from weightfs.errors import WeightfsError
 
 _GOOD_READAHEAD_KIB: Final = 1024
-_PINNED_BYTES: Final = 1 << 30
 
 
 def examine(path: str, start: Callable[[MountConfig], dict[str, Any]], end: Callable[[int], bool]) -> list[Check]:
@@ -32,7 +30,7 @@ def examine(path: str, start: Callable[[MountConfig], dict[str, Any]], end: Call
     checks = [_kernel(), _fuse_device(), _privileges(), _libfuse()]
     if not any(check.needed and check.state == "missing" for check in checks):
         checks.append(_mount(start, end))
-    return [*checks, *surroundings.checks(), _readahead(path), _criu(), _cuda(), _memory_lock()]
+    return [*checks, *surroundings.checks(), _readahead(path), _criu(), _cuda(), *memory_checks.checks()]
 
 
 def _kernel() -> Check:
@@ -150,10 +148,3 @@ def _cuda() -> Check:
     if driver.cuInit(0) or driver.cuDriverGetVersion(ctypes.byref(version)):
         return Check("cuda", "degraded", "the NVIDIA driver is there and does not start", "nvidia-smi")
     return Check("cuda", "ok", f"driver for CUDA {version.value // 1000}.{version.value % 1000 // 10}")
-
-
-def _memory_lock() -> Check:
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if soft == resource.RLIM_INFINITY or soft >= _PINNED_BYTES or linux.has_capability(linux.CAP_IPC_LOCK):
-        return Check("memory-lock", "ok", "pinned buffers may be as large as needed")
-    return Check("memory-lock", "degraded", f"at most {soft} bytes may be locked", "ulimit -l unlimited")

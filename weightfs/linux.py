@@ -58,8 +58,12 @@ _SYS_IOPRIO_SET: Final = 30 if os.uname().machine == "aarch64" else 251
 _IOPRIO_WHO_PROCESS: Final = 1
 _IOPRIO_IDLE: Final = 3 << 13
 _MAP_FAILED: Final = (1 << 64) - 1
+_AT_STATX_DONT_SYNC: Final = 0x4000
+_PROT_READ: Final = 1
+_MAP_SHARED: Final = 1
 _STATX_FLAGS: Final = 0x1000 | 0x100 | 0x800  # AT_EMPTY_PATH, AT_SYMLINK_NOFOLLOW, AT_NO_AUTOMOUNT
 _STATX_BYTES: Final = 256
+_STATX_INO: Final = 0x100
 _STATX_BASIC_AND_BTIME: Final = 0x0FFF
 _FS_IOC_GETFSUUID: Final = 0x80111500
 _STATX = struct.Struct("<4xI8xIIIH2xQQQ8xqI4xqI4xqI4xqI4xIIII")
@@ -70,6 +74,17 @@ _libc.statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_ui
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
 _libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32]
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+]
+_libc.mmap.restype = ctypes.c_void_p
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _openat2 = ctypes.CDLL(None, use_errno=True).syscall
 _openat2.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
 _openat2.restype = ctypes.c_long
@@ -79,9 +94,6 @@ _cachestat.restype = ctypes.c_long
 _ioprio_set = ctypes.CDLL(None, use_errno=True).syscall
 _ioprio_set.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_int]
 _ioprio_set.restype = ctypes.c_long
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-_libc.mmap.restype = ctypes.c_void_p
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 
 
@@ -138,6 +150,19 @@ def statx(dir_fd: int, name: bytes) -> Statx:
     return Statx._make(_STATX.unpack_from(buffer))
 
 
+def known_identity(path: bytes) -> tuple[int, int]:
+    """`st_dev` and `st_ino` of what a path leads to, symlinks followed, as the kernel knows them already.
+
+    No filesystem is asked (AT_STATX_DONT_SYNC): for a link below /proc/PID/fd neither a FUSE daemon, this process
+    perhaps, nor a server has to answer.
+    """
+    buffer = ctypes.create_string_buffer(_STATX_BYTES)
+    if _libc.statx(-1, path, _AT_STATX_DONT_SYNC, _STATX_INO, buffer):
+        raise _failed(path)
+    found = Statx._make(_STATX.unpack_from(buffer))
+    return os.makedev(found.device_major, found.device_minor), found.inode
+
+
 def filesystem_uuid(fd: int) -> bytes | None:
     """The UUID of the filesystem that holds `fd` (Linux 6.9), or None where it has none to give."""
     try:
@@ -191,6 +216,52 @@ def raise_file_limit() -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
+
+
+def raise_lock_limit() -> int | None:
+    """Raise the soft limit on locked memory to the hard one; gives the limit in bytes, None where none holds."""
+    if has_capability(CAP_IPC_LOCK) and in_initial_user_namespace():
+        return None
+    _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
+    return None if hard == resource.RLIM_INFINITY else hard
+
+
+def locked_bytes() -> int:
+    """How much memory this process has locked, in whole pages: what its limit is held against."""
+    with open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith("VmLck:")).split()[1]) << 10
+
+
+def map_shared(fd: int, offset: int, nbytes: int) -> int:
+    """mmap(2) of a file, shared and to be read only; gives the address, which `unmap` takes back.
+
+    Whoever touches it where the file has ended is killed by SIGBUS: it is for `lock`, which fails there instead.
+
+    Args:
+        fd: may be closed afterwards.
+        offset: a multiple of the page size.
+        nbytes: more than 0; may reach beyond the file's end.
+    """
+    address: int | None = _libc.mmap(None, nbytes, _PROT_READ, _MAP_SHARED, fd, offset)
+    if address is None or address == ctypes.c_void_p(-1).value:
+        raise _failed()
+    return address
+
+
+def unmap(address: int, nbytes: int) -> None:
+    """munmap(2); what was locked of it is no longer."""
+    if _libc.munmap(address, nbytes):
+        raise _failed()
+
+
+def lock(address: int, nbytes: int) -> None:
+    """mlock(2): read it in and keep it in memory; waits for the device.
+
+    ENOMEM is a limit that does not suffice, or a file that has ended; EAGAIN or EPERM that it may not be locked.
+    """
+    if _libc.mlock(address, nbytes):
+        raise _failed()
 
 
 def avoid_oom() -> int:

@@ -23,6 +23,7 @@ from typing import Any, Final, NamedTuple
 import pyfuse3
 import trio
 
+from prefetch.budget import effective_budget
 from prefetch.scheduler import Scheduler, SchedulerConfig
 from weightfs import control_server, metrics, mounts
 from weightfs.beliefs import Beliefs, resynchronise
@@ -41,6 +42,7 @@ from weightfs.keeping import SupervisedKeeper, adopt
 from weightfs.ledger import Ledger
 from weightfs.link import Link
 from weightfs.notifier import Notifier
+from weightfs.source.base import SourceStat
 from weightfs.source.local import LocalSource
 from weightfs.watch import Watcher
 
@@ -188,8 +190,13 @@ class Service:
             self._source, self._index, self._handles, self._filesystem, lambda: self._channel.requests.total()
         )
         self._prefetch = Scheduler(
-            Catalogue(self._source, self._filesystem.library),
-            SchedulerConfig(mode=self.config.prefetch, drafts=self.config.draft),
+            Catalogue(self._source, self._filesystem.library, self._shown_as),
+            SchedulerConfig(
+                mode=self.config.prefetch,
+                budget_bytes=effective_budget(self.config.memory_budget_bytes).nbytes,
+                pinned=self.config.pinned_layers,
+                drafts=self.config.draft,
+            ),
             self._channel.is_asked,
         )
         self._filesystem.wanted = self._prefetch.opened
@@ -198,6 +205,15 @@ class Service:
         self._held = {}
         self._serves.set()
         return orphans
+
+    def _shown_as(self, entry: SourceStat) -> tuple[int, int] | None:
+        """(device, inode) that /proc shows for a file of the mount that is mapped."""
+        assert self._index is not None
+        inode = self._index.number_of(entry.inode_key)
+        if inode is None or (here := mounts.find(self.config.mountpoint)) is None:
+            return None
+        major, _, minor = here.device.partition(":")
+        return os.makedev(int(major), int(minor)), inode
 
     def _start_watching(self) -> None:
         self._notifier = notifier = Notifier(self._kernel_fd, self._channel.held_s)

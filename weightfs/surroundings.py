@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final
 
-from weightfs import linux, mounts
+from weightfs import linux, memory, mounts
 from weightfs.checks import Check
 
 _FILES: Final = 65536
 """Files that may be open through one mount before a limit is worth a word: each costs its daemon a descriptor."""
 _WATCHES: Final = 65536
 _IDMAP_SINCE: Final = (6, 12)
-_UNLIMITED_BYTES: Final = 1 << 60
-"""Limits above it are the kernel's way to say that there is none (version 1 says 2^63, less a page)."""
 
 
 def checks() -> list[Check]:
@@ -96,18 +92,18 @@ def oom() -> Check:
     )
 
 
-def memory_cgroup() -> Check:
-    """Whether a limit on memory evicts what a daemon started from here reads ahead."""
-    limits = list(_limits())
-    if not limits:
+def memory_cgroup(root: str = "/") -> Check:
+    """Whether a limit on memory evicts what a daemon started from here reads ahead; `root` holds `proc` and `sys`."""
+    found = memory.read_memory(root)
+    lowest = found.lowest
+    if lowest is None:
         return Check("cgroup", "ok", "no limit on memory")
-    lowest = min(limits, key=lambda limit: limit.nbytes)
-    if lowest.nbytes >= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+    if lowest.nbytes >= found.total_bytes:
         return Check("cgroup", "ok", "no limit on memory below what the machine has")
     return Check(
         "cgroup",
         "degraded",
-        f"{lowest.place} allows {lowest.nbytes >> 20} MiB: what a daemon from here reads ahead is charged to that and "
+        f"{lowest.path} allows {lowest.nbytes >> 20} MiB: what a daemon from here reads ahead is charged to that and "
         "evicted beyond it; what programs read through passthrough is charged to them",
         "start it outside of that group, or without MemoryMax and MemoryHigh",
     )
@@ -128,39 +124,3 @@ def watches() -> Check:
         f"{count} folders: in larger sources changes are noticed by asking, once a second",
         "sysctl -w fs.inotify.max_user_watches=1048576",
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Limit:
-    place: str
-    nbytes: int
-
-
-def _limits() -> Iterator[_Limit]:
-    """The limits of this process's memory control group and those above it, of either version."""
-    with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as table:
-        rows = [line.rstrip("\n").split(":", 2) for line in table]
-    for _, controllers, path in rows:
-        if controllers == "":
-            roots, names = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"], ["memory.max", "memory.high"]
-        elif "memory" in controllers.split(","):
-            roots, names = ["/sys/fs/cgroup/memory"], ["memory.limit_in_bytes"]
-        else:
-            continue
-        parts = path.strip("/").split("/")
-        for depth in range(len(parts), -1, -1):
-            for root in roots:
-                place = os.path.join(root, *parts[:depth])
-                for name in names:
-                    nbytes = _read_limit(os.path.join(place, name))
-                    if nbytes is not None:
-                        yield _Limit(place, nbytes)
-
-
-def _read_limit(path: str) -> int | None:
-    try:
-        with open(path) as file:
-            text = file.read().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() and int(text) < _UNLIMITED_BYTES else None

@@ -23,7 +23,7 @@ from tests.helpers.models import (
     write_safetensors,
     write_sharded,
 )
-from tests.helpers.mounting import Mount, Mounter, both_engines, wait_until, wait_until_settled, weightfs
+from tests.helpers.mounting import Mount, Mounter, both_engines, child, wait_until, wait_until_settled, weightfs
 
 ROWS = 2048
 SHOWS_S = 10.0
@@ -174,7 +174,9 @@ def test_warm_residency_and_evict_agree(model: str, mounter: Mounter) -> None:
     done = weightfs("warm", mount.path("llama"), "--json")
     assert done.returncode == 0, done.stderr
     (said,) = json.loads(done.stdout)["models"]
-    assert (said["failure"], said["active"], said["filled_bytes"]) == (None, False, cold["bytes"])
+    assert (said["failure"], said["active"]) == (None, False)
+    assert said["filled_bytes"] + said["found_bytes"] == cold["bytes"], "read-ahead brings some of it before its turn"
+    assert said["filled_bytes"] > 0
     again = json.loads(weightfs("warm", mount.path("llama"), "--json").stdout)["models"][0]
     assert (again["filled_bytes"], again["found_bytes"]) == (0, cold["bytes"]), "what is in memory is not read again"
     warm = json.loads(weightfs("residency", mount.path("llama"), "--json").stdout)
@@ -206,7 +208,8 @@ def test_ten_thousand_triggers_are_one_plan(model: str, mounter: Mounter) -> Non
     state = quiet(mount)
     assert state["triggers"] == 10000
     size = sum(os.path.getsize(path) for path in weights_of(model))
-    assert state["filled_bytes"] == size, "each byte once"
+    assert 0 < state["filled_bytes"] <= size, "no byte twice"
+    wait_until_resident(weights_of(model))
 
 
 def test_a_backup_begins_nothing(tmp_path: Path, mounter: Mounter) -> None:
@@ -263,3 +266,90 @@ def test_descriptors_are_given_back(model: str, mounter: Mounter) -> None:
         make_cold(model)
         assert weightfs("warm", mount.path("llama")).returncode == 0
     wait_until(lambda: len(os.listdir(f"/proc/{pid}/fd")) <= before, "descriptors come back")
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> str:
+    """A source with three models of the same size; gives the source."""
+    source = str(tmp_path / "source")
+    for name in ("a", "b", "c"):
+        write_safetensors(os.path.join(source, name, "model.safetensors"), model_tensors(4, rows=ROWS))
+    return source
+
+
+def budget_for(source: str, models: float) -> str:
+    return str(int(os.path.getsize(os.path.join(source, "a", "model.safetensors")) * models))
+
+
+def warm(mount: Mount, name: str) -> dict[str, Any]:
+    return dict(json.loads(weightfs("warm", mount.path(name), "--json").stdout)["models"][0])
+
+
+def test_what_was_wanted_longest_ago_leaves_for_what_comes(three: str, mounter: Mounter) -> None:
+    mount = mounter(three, "auto", "--memory-budget", budget_for(three, 2.5))
+    make_cold(three)
+    for name in ("a", "b", "c"):
+        assert warm(mount, name)["failure"] is None
+    assert [resident(os.path.join(three, name, "model.safetensors")) for name in ("a", "b", "c")] == [0, 1, 1]
+    assert mount.live()["prefetch"]["evicted_bytes"] == int(budget_for(three, 1))
+
+
+@both_engines
+@pytest.mark.parametrize("kept_open", [True, False])
+def test_what_a_process_has_mapped_stays(three: str, mounter: Mounter, engine: str, kept_open: bool) -> None:
+    mount = mounter(three, engine, "--memory-budget", budget_for(three, 1.5))
+    make_cold(three)
+    code = """
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDONLY)
+mapping = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+if sys.argv[2] == "False":
+    os.close(fd)
+print("mapped", flush=True)
+sys.stdin.read()
+"""
+    assert warm(mount, "a")["failure"] is None
+    with child(code, mount.path("a", "model.safetensors"), str(kept_open)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "mapped\n"
+        quiet(mount)
+        said = warm(mount, "b")
+        assert "has room for" in said["failure"]
+        assert resident(os.path.join(three, "a", "model.safetensors")) == 1
+    assert warm(mount, "c")["failure"] is None
+    assert resident(os.path.join(three, "a", "model.safetensors")) == 0
+
+
+def test_a_budget_lets_the_first_layers_in(three: str, mounter: Mounter) -> None:
+    mount = mounter(three, "auto", "--memory-budget", budget_for(three, 0.5))
+    make_cold(three)
+    assert "has room for" in warm(mount, "a")["failure"]
+    layers = json.loads(weightfs("residency", mount.path("a"), "--json").stdout)["layers"]
+    parts = [layer["resident_bytes"] / layer["bytes"] for layer in layers]
+    assert parts[0] == 1
+    assert parts[-1] == 0
+    assert parts == sorted(parts, reverse=True)
+
+
+def test_pinned_layers_stay_when_the_model_is_dropped(three: str, mounter: Mounter) -> None:
+    mount = mounter(three, "auto", "--pin-layers", "embedding,0-1")
+    make_cold(three)
+    assert warm(mount, "a")["failure"] is None
+    path = os.path.join(three, "a", "model.safetensors")
+    fd = os.open(path, os.O_RDONLY)
+    drop(fd)
+    os.close(fd)
+    layers = json.loads(weightfs("residency", mount.path("a"), "--json").stdout)["layers"]
+    parts = {layer["layer"]: layer["resident_bytes"] / layer["bytes"] for layer in layers}
+    assert min(parts["embedding"], parts["0"], parts["1"]) == 1
+    assert parts["3"] == 0
+    assert mount.live()["prefetch"]["locked_bytes"] > 0
+
+
+@pytest.mark.parametrize("options", [("--memory-budget", "lots"), ("--pin-layers", "3-0"), ("--prefetch", "some")])
+def test_settings_that_say_nothing_are_refused(three: str, tmp_path: Path, options: tuple[str, str]) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    done = weightfs("mount", three, str(place), "--state-dir", str(tmp_path / "state"), *options)
+    assert done.returncode == 2
+    assert options[1] in done.stderr

@@ -7,10 +7,12 @@ import io
 import os
 import resource
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.fake_memory import MOUNTED_V1, MOUNTED_V2, V1, V2, FakeMachine
 from tests.unit.support import python
 from weightfs import linux, mounts, surroundings
 
@@ -19,15 +21,13 @@ Say = Callable[[dict[str, str]], None]
 
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch) -> Say:
-    """Let files have other content; those below /sys/fs/cgroup are there only if named."""
+    """Let files have other content."""
     real = builtins.open
 
     def use(files: dict[str, str]) -> None:
         def fake(path: Any, *arguments: Any, **options: Any) -> Any:
             if path in files:
                 return io.StringIO(files[path])
-            if str(path).startswith("/sys/fs/cgroup"):
-                raise FileNotFoundError
             return real(path, *arguments, **options)
 
         for module in (surroundings, mounts, linux):
@@ -64,35 +64,35 @@ def test_propagation(say: Say, table: str, state: str, named: str) -> None:
     assert named in found.detail
 
 
-V1 = "9:name=systemd:/\n4:memory:/a/b\n"
-V2 = "0::/a/b\n"
-
-
 @pytest.mark.parametrize(
-    ("files", "state", "named"),
+    ("version", "place", "limits", "state", "named"),
     [
-        ({"/proc/self/cgroup": "9:name=systemd:/\n0::/\n"}, "ok", "no limit"),
-        ({"/proc/self/cgroup": V2, "/sys/fs/cgroup/a/b/memory.max": "max"}, "ok", "no limit"),
-        ({"/proc/self/cgroup": V2, "/sys/fs/cgroup/a/b/memory.max": f"{1 << 29}"}, "degraded", "a/b allows 512 MiB"),
-        ({"/proc/self/cgroup": V2, "/sys/fs/cgroup/a/memory.high": f"{1 << 28}"}, "degraded", "a allows 256 MiB"),
-        ({"/proc/self/cgroup": V2, "/sys/fs/cgroup/a/memory.max": f"{1 << 50}"}, "ok", "below what the machine"),
-        (
-            {"/proc/self/cgroup": V1, "/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": "9223372036854771712"},
-            "ok",
-            "no limit",
-        ),
-        (
-            {"/proc/self/cgroup": V1, "/sys/fs/cgroup/memory/a/memory.limit_in_bytes": f"{1 << 30}"},
-            "degraded",
-            "memory/a allows 1024 MiB",
-        ),
+        (2, "/a/b", {}, "ok", "no limit on memory"),
+        (2, "/a/b", {"max": 1 << 29}, "degraded", "/sys/fs/cgroup/a/b allows 512 MiB"),
+        (2, "/a", {"high": 1 << 28}, "degraded", "/sys/fs/cgroup/a allows 256 MiB"),
+        (2, "/a/b", {"max": 1 << 50}, "ok", "below what the machine has"),
+        (1, "/a/b", {}, "ok", "no limit on memory"),
+        (1, "/a", {"limit": 1 << 30}, "degraded", "/sys/fs/cgroup/memory/a allows 1024 MiB"),
     ],
 )
-def test_memory_cgroup(say: Say, files: dict[str, str], state: str, named: str) -> None:
-    say(files)
-    found = surroundings.memory_cgroup()
+def test_memory_cgroup(
+    tmp_path: Path, version: int, place: str, limits: dict[str, int], state: str, named: str
+) -> None:
+    machine = FakeMachine(tmp_path)
+    machine.meminfo(8 << 30, 4 << 30)
+    machine.groups(*((V1, MOUNTED_V1) if version == 1 else (V2, MOUNTED_V2)))
+    for group in ("/a", "/a/b"):
+        here = limits if group == place else {}
+        (machine.version_1 if version == 1 else machine.version_2)(group, 0, **here)
+    found = surroundings.memory_cgroup(machine.root)
     assert found.state == state
     assert named in found.detail
+
+
+def test_no_memory_cgroup(tmp_path: Path) -> None:
+    machine = FakeMachine(tmp_path)
+    machine.groups("9:name=systemd:/\n0::/\n", MOUNTED_V2)
+    assert surroundings.memory_cgroup(machine.root).detail == "no limit on memory"
 
 
 @pytest.mark.parametrize(("count", "state"), [("8192", "degraded"), ("1048576", "ok")])

@@ -13,9 +13,10 @@ import typer
 
 from weightfs import mounts
 from weightfs.cli.mounting import Json
-from weightfs.cli.output import emit, human_bytes, printable, reporting, say
+from weightfs.cli.output import emit, fail, human_bytes, printable, reporting, say
 from weightfs.control import ask
 from weightfs.errors import BusyError, WeightfsError
+from weightfs.sizes import parse_layers
 
 _ANSWER_S: Final = 35.0
 _LOOK_S: Final = 0.1
@@ -35,7 +36,7 @@ def warm(
     Example: weightfs warm /models/llama
     """
     with reporting(as_json=as_json):
-        wanted = None if layers is None else _labels(layers)
+        wanted = None if layers is None else sorted(parse_layers(layers))
         begun: dict[str, dict[str, dict[str, Any]]] = {}
         for path in paths:
             socket, below = _place(path)
@@ -55,7 +56,8 @@ def warm(
                 size, read = human_bytes(one["bytes"]), human_bytes(one["filled_bytes"])
                 say(f"{printable(one['model'])}: {size}, {read} read: {printable(what)}")
         if failed := next((one for one in done if one["failure"]), None):
-            raise WeightfsError(f"is not wholly in memory: {failed['failure']}", path=failed["model"])
+            error = WeightfsError(f"is not wholly in memory: {failed['failure']}", path=failed["model"])
+            fail(error, as_json=False)  # the one document on stdout is that of the models
 
 
 def evict(paths: Paths, as_json: Json = False) -> None:
@@ -151,19 +153,3 @@ def _until_done(socket: str, names: list[str]) -> Iterator[list[dict[str, Any]]]
         if not any(one["active"] for one in current):
             return
         time.sleep(_LOOK_S)
-
-
-def _labels(text: str) -> list[str]:
-    """Layers as a user names them: `embedding,0-3`.
-
-    Raises:
-        WeightfsError: no such list.
-    """
-    found = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 1 << 16:
-            found += [str(number) for number in range(int(first), int(last) + 1)]
-        elif part.strip():
-            found.append(part.strip())
-    return found

@@ -1,0 +1,51 @@
+"""Whatever a model's files look like, a plan reads each byte once and nothing else."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefetch.plan import plan_of, whole_file_plan
+from weightfs.formats.layout import TensorExtent, WeightLayout
+from weightfs.formats.roles import classify
+
+NAMES = st.sampled_from(
+    ["model.embed_tokens.weight", "model.layers.0.a", "model.layers.7.b", "encoder.layers.1.a", "decoder.layers.0.a",
+     "vision_tower.blocks.3.a", "model.norm.weight", "lm_head.weight", "what.ever", ""]
+)  # fmt: skip
+
+
+@st.composite
+def models(draw: st.DrawFn) -> tuple[WeightLayout, dict[str, int]]:
+    tensors, sizes = [], {}
+    for number in range(draw(st.integers(1, 3))):
+        file, at = f"f{number}", draw(st.integers(0, 9000))
+        for name in draw(st.lists(NAMES, max_size=8)):
+            at += draw(st.integers(0, 5000))  # a gap
+            nbytes = draw(st.integers(0, 20_000))
+            role, layer = classify(name)
+            tensors.append(TensorExtent(name, "U8", (nbytes,), file, at, nbytes, layer, role))
+            at += nbytes
+        sizes[file] = at + draw(st.integers(0, 9000))
+    return WeightLayout("safetensors", tuple(sizes), tuple(tensors)), sizes
+
+
+@given(models())
+def test_each_byte_is_read_once(model: tuple[WeightLayout, dict[str, int]]) -> None:
+    layout, sizes = model
+    for made in (plan_of(layout, sizes), whole_file_plan(layout, sizes)):
+        for file, size in sizes.items():
+            spans = sorted((one.offset, one.offset + one.nbytes) for one in made.extents() if one.file == file)
+            assert all(start < end for start, end in spans)
+            assert [0, *(end for _, end in spans)] == [*(start for start, _ in spans), size]
+        assert made.nbytes == sum(sizes.values())
+
+
+@given(models())
+def test_embeddings_come_before_the_blocks_of_their_part(model: tuple[WeightLayout, dict[str, int]]) -> None:
+    found = [layer.label for layer in plan_of(*model).layers]
+    assert len(found) == len(set(found))
+    if "embedding" in found:
+        assert all(found.index("embedding") < found.index(label) for label in found if label.isdecimal())
+    blocks = [int(label) for label in found if label.isdecimal()]
+    assert blocks == sorted(blocks)
