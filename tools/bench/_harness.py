@@ -147,13 +147,20 @@ class Mount:
 
 @contextlib.contextmanager
 def mounted(
-    source: str, place: str, *, engine: str = "auto", state: str = "state", watch: str = "auto"
+    source: str,
+    place: str,
+    *,
+    engine: str = "auto",
+    state: str = "state",
+    watch: str = "auto",
+    prefetch: str = "layers",
+    point: str = "mount",
 ) -> Iterator[Mount]:
     """Mount `source` in `place` by the command line, and unmount it whatever happens.
 
     `state` names the folder for the index: a name used before is an index that knows the source.
     """
-    point = os.path.join(place, "mount")
+    point = os.path.join(place, point)
     os.makedirs(point, exist_ok=True)
     youngest = max(
         os.lstat(os.path.join(folder, name)).st_ctime for folder, _, names in os.walk(source) for name in names
@@ -163,6 +170,7 @@ def mounted(
     started = time.perf_counter()
     try:
         settings = ["--engine", engine, "--state-dir", state_folder, "--watch", watch]
+        settings += ["--prefetch", prefetch]
         document = _command("mount", source, point, *settings, "--json")
         yield Mount(source, point, document, time.perf_counter() - started)
     finally:

@@ -151,6 +151,7 @@ find_missing_packages() {
     if [[ $set == test ]]; then
         command -v shellcheck >/dev/null || wanted+=(shellcheck)
         command -v fio >/dev/null || wanted+=(fio)
+        command -v chromium >/dev/null || command -v google-chrome >/dev/null || wanted+=(chromium)
         command -v setfacl >/dev/null || wanted+=(acl)
         command -v getfattr >/dev/null || wanted+=(attr)
     fi

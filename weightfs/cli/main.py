@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from weightfs.cli import demo, inspecting, mounting, setup, warming
+from weightfs.cli import demo, inspecting, mounting, setup, timeline, warming
 
 app = typer.Typer(
     name="weightfs",
@@ -22,6 +22,7 @@ app.command()(warming.residency)
 app.command()(inspecting.ls)
 app.command()(inspecting.verify)
 app.command()(inspecting.doctor)
+app.command()(timeline.timeline)
 app.command()(setup.setup)
 app.command()(demo.demo)
 

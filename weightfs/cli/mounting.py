@@ -176,8 +176,8 @@ def umount(
     with reporting(as_json=as_json):
         if if_stopping is not None and not systemd.is_stopping(if_stopping):
             return  # it is to be started again, and goes on with this mount
-        here = _find(mountpoint)
-        said = _status_of(here)
+        here = find(mountpoint)
+        said = status_of(here)
         if said is None and mounts.is_stuck(here.mountpoint):
             mounts.abort(here.mountpoint)
         pid = (said or {}).get("supervisor_pid")
@@ -199,7 +199,12 @@ def end(pid: int) -> bool:
         return bool(select.select([handle], [], [], _END_S)[0])
 
 
-def _find(mountpoint: str) -> mounts.Mounted:
+def find(mountpoint: str) -> mounts.Mounted:
+    """The mount at that place.
+
+    Raises:
+        WeightfsError: there is none of ours.
+    """
     # The folder above is resolved, not the mountpoint: asking a dead mount hangs or fails.
     above, last = os.path.split(os.path.abspath(mountpoint))
     path = os.path.join(os.path.realpath(above), last)
@@ -210,7 +215,7 @@ def _find(mountpoint: str) -> mounts.Mounted:
     return here
 
 
-def _status_of(here: mounts.Mounted) -> dict[str, Any] | None:
+def status_of(here: mounts.Mounted) -> dict[str, Any] | None:
     """What a mount says of itself; None when it does not answer. A child asks: a dead mount may hold its asker."""
     asker = subprocess.Popen(
         ["cat", os.path.join(here.mountpoint, ".weightfs", "status.json")],
@@ -235,10 +240,10 @@ def status(
     Example: weightfs status /models --json
     """
     with reporting(as_json=as_json):
-        wanted = [_find(mountpoint)] if mountpoint else mounts.mounted()
+        wanted = [find(mountpoint)] if mountpoint else mounts.mounted()
         documents = []
         for here in wanted:
-            said = _status_of(here)
+            said = status_of(here)
             if said is None:
                 said = {"mountpoint": here.mountpoint, "source": here.source, "engine": None, "reason": "no answer"}
             said.pop("schema", None)
