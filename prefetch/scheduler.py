@@ -12,17 +12,18 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import trio
 
 from prefetch.filler import Fill, Filler, FillerConfig, cut
-from prefetch.occupancy import Occupancy, Shelf, drop_model, resident_of_model
+from prefetch.occupancy import Key, Occupancy, OpenedModel, Shelf, drop_model, resident_of_model
 from prefetch.plan import Layer, Plan, plan_of, whole_file_plan
 from prefetch.pressure import Pressure, Reason
 from prefetch.residency import resident_of
+from prefetch.timeline import Load, Timeline
 from prefetch.walkers import COPIERS, Walkers, process_of
 from weightfs.formats import format_of
 
@@ -36,6 +37,9 @@ _AGAIN_S: Final = 1.0
 """A model whose plan began less than this ago is not planned again: a loader opens a dozen of its files."""
 _REMEMBERED: Final = 4096
 _PRESSURE_S: Final = 0.25
+_SAMPLE_S: Final = 0.1
+_RESIDENT_S: Final = 2.0
+_SHOWN: Final = 32
 _EVERYTHING: Final = 1 << 62
 _TOKENIZERS: Final = ("tokenizer.", "tokenizer_config.", "vocab.", "spiece.", "sentencepiece.")
 _CONFIGURATIONS: Final = frozenset({"config.json", "model_index.json", "generation_config.json", "params.json"})
@@ -70,7 +74,8 @@ class Standing:
         trigger: what wanted it.
         process: who did, 0 for nobody in particular.
         plan: its last one, whole even where the budget let less be read.
-        fill: of that plan; None when nothing was to be read.
+        fill: of that plan; None before it began.
+        load: what the timeline tells of it.
     """
 
     key: tuple[bytes, str]
@@ -79,11 +84,12 @@ class Standing:
     process: int
     plan: Plan
     fill: Fill | None
+    load: Load
 
     @property
     def name(self) -> str:
         """As users know it: folder and set."""
-        return os.path.join(os.fsdecode(self.key[0]), self.key[1])
+        return name_of(self.key)
 
     @property
     def is_active(self) -> bool:
@@ -122,6 +128,10 @@ class Scheduler:
         self._walkers = Walkers()
         self._occupancy = Occupancy(shelf, config.budget_bytes, config.pinned)
         self._halted: Reason | None = None
+        self._timeline = Timeline(time.time() - time.monotonic())
+        self._measuring = threading.Lock()
+        self._opened: dict[Standing, OpenedModel] = {}  # what is being read; under `_measuring`
+        self._resident: tuple[float, list[dict[str, Any]]] = -_RESIDENT_S, []
         self._recent: OrderedDict[tuple[bytes, int], float] = OrderedDict()
         self._lock = threading.Lock()
         self._models: OrderedDict[tuple[bytes, str], Standing] = OrderedDict()
@@ -134,6 +144,7 @@ class Scheduler:
         try:
             async with trio.open_nursery() as nursery, self._receive:
                 nursery.start_soon(self._yield_to_pressure)
+                nursery.start_soon(self._sample)
                 async for path, process in self._receive:
                     token = object()
                     await self._limiter.acquire_on_behalf_of(token)
@@ -167,6 +178,26 @@ class Scheduler:
                     log.info("prefetch goes on")
                     self._filler.halt(False)
                 self._halted = found
+
+    async def _sample(self) -> None:
+        """Tell the timeline how much of each layer there is, while models are read."""
+        while True:
+            await trio.sleep(_SAMPLE_S)
+            if self._opened:
+                await trio.to_thread.run_sync(self._measure, limiter=self._limiter, abandon_on_cancel=True)
+
+    def _measure(self, only: Standing | None = None) -> None:
+        with self._measuring:
+            for standing, opened in self._opened.items():
+                if only in (None, standing):
+                    try:
+                        found = [resident_of(layer.extents, opened.fds) for layer in standing.plan.layers]
+                    except OSError as e:
+                        log.debug("can't measure %s: %s", standing.name, e.strerror)
+                        continue
+                    standing.load.sample(time.monotonic(), found)
+                    if standing.fill is not None and standing.fill.submitted_at is not None:
+                        standing.load.submitted(standing.fill.submitted_at)
 
     # Triggers
 
@@ -229,6 +260,7 @@ class Scheduler:
             lately = trigger != WARM and known is not None and now - known.wanted_s < _AGAIN_S
             if known is not None and layers is None and (known.is_active or lately):
                 known.wanted_s = now
+                known.load.opened(now, trigger)
                 return known
         opened = self._shelf.open(*key)
         if opened is None:
@@ -241,7 +273,11 @@ class Scheduler:
             if again is not None and again is not known and again.is_active:  # two triggers at once
                 opened.close()
                 return again
-            standing = Standing(key, now, trigger, process, plan, None)
+            load = self._timeline.begin(
+                name_of(key), trigger, now, [(layer.label, layer.nbytes) for layer in plan.layers]
+            )
+            load.opened(now, trigger)
+            standing = Standing(key, now, trigger, process, plan, None, load)
             self._models[key] = standing
             self._models.move_to_end(key)
             while len(self._models) > _REMEMBERED:
@@ -257,10 +293,17 @@ class Scheduler:
 
         def end() -> None:
             try:
+                self._measure(standing)
                 self._occupancy.pin(key, plan, opened)
             finally:
-                opened.close()
+                with self._measuring:
+                    del self._opened[standing]
+                    opened.close()
+                failure = standing.fill.failure if standing.fill is not None else None
+                load.finished(time.monotonic(), failure or "complete")
 
+        with self._measuring:
+            self._opened[standing] = opened
         standing.fill = self._filler.start(cut(iter(extents)), opened.fds, end, first=False)
         if len(affordable) < len(wanted):
             standing.fill.failure = f"the budget of {self._config.budget_bytes} bytes has room for {left} of {need}"
@@ -295,14 +338,16 @@ class Scheduler:
                 left = drop_model(opened)
             finally:
                 opened.close()
-            name = os.path.join(os.fsdecode(key[0]), key[1])
-            found.append({"model": name, "evicted_bytes": before - left, "resident_bytes": left})
+            found.append({"model": name_of(key), "evicted_bytes": before - left, "resident_bytes": left})
         return found
 
     def residency(self, path: bytes) -> list[dict[str, Any]]:
         """How much of each layer of the models below a path is in memory."""
+        return self._residency_of(self._shelf.names(path))
+
+    def _residency_of(self, keys: Iterable[Key]) -> list[dict[str, Any]]:
         found = []
-        for key in self._shelf.names(path):
+        for key in keys:
             opened = self._shelf.open(*key)
             if opened is None:
                 continue
@@ -313,14 +358,30 @@ class Scheduler:
                 ]
             finally:
                 opened.close()
-            name = os.path.join(os.fsdecode(key[0]), key[1])
             total = sum(opened.sizes.values())
-            found.append({"model": name, "bytes": total, "layers": layers,
+            found.append({"model": name_of(key), "bytes": total, "layers": layers,
                           "resident_bytes": sum(layer["resident_bytes"] for layer in layers)})  # fmt: skip
         return found
 
+    def timeline(self) -> dict[str, Any]:
+        """The last loads. Callable from any thread."""
+        return self._timeline.document()
+
+    def resident(self) -> list[dict[str, Any]]:
+        """`residency` of the models wanted last, a few seconds old at most. May wait for the source."""
+        at_s, found = self._resident
+        if time.monotonic() - at_s >= _RESIDENT_S:
+            with self._lock:
+                keys = [one.key for one in list(self._models.values())[-_SHOWN:]]
+            try:
+                found = self._residency_of(keys)
+            except OSError as e:
+                log.debug("residency is not known: %s", e.strerror)
+            self._resident = time.monotonic(), found
+        return found
+
     def status(self) -> dict[str, Any]:
-        """The live state. Callable from any thread."""
+        """The live state. May wait for the source; callable from any thread."""
         with self._lock:
             standing = list(self._models.values())
         return {
@@ -333,7 +394,13 @@ class Scheduler:
             "filled_bytes": self._filler.filled_bytes,
             "active": [one.document() for one in standing if one.is_active],
             "wanted": len(standing),
+            "models": self.resident(),
         }
+
+
+def name_of(key: Key) -> str:
+    """A model as users know it: folder and set."""
+    return os.path.join(os.fsdecode(key[0]), key[1])
 
 
 def is_trigger(path: bytes) -> bool:

@@ -48,10 +48,29 @@ class _Collector(Collector):
         )
         yield CounterMetricFamily("weightfs_daemon_deaths", "Daemons of this mount that died", status["deaths"])
         yield GaugeMetricFamily("weightfs_watched_folders", "Watched for changes", status["watch"].get("folders", 0))
+        yield from _of_prefetch(status["prefetch"])
         requests = CounterMetricFamily("weightfs_requests", "Requests that reached user space", labels=["operation"])
         for operation, count in status["requests"].items():
             requests.add_metric([operation], count)
         yield requests
+
+
+def _of_prefetch(state: Mapping[str, Any]) -> Iterator[Metric]:
+    yield GaugeMetricFamily("weightfs_memory_budget_bytes", "What models may take of memory", state["budget_bytes"])
+    yield GaugeMetricFamily("weightfs_locked_bytes", "Layers locked in memory", state["locked_bytes"])
+    yield GaugeMetricFamily("weightfs_prefetch_active", "Models being read ahead", len(state["active"]))
+    yield GaugeMetricFamily("weightfs_prefetch_halted", "1 while memory is short", int(state["halted"] is not None))
+    yield CounterMetricFamily("weightfs_prefetch_read_bytes", "Read ahead", state["filled_bytes"])
+    yield CounterMetricFamily("weightfs_evicted_bytes", "Dropped from memory", state["evicted_bytes"])
+    yield CounterMetricFamily("weightfs_prefetch_triggers", "Opens that call for a model", state["triggers"])
+    resident = GaugeMetricFamily(
+        "weightfs_resident_bytes", "In memory, of models last wanted", labels=["model", "layer"]
+    )
+    for model in state["models"]:
+        name = model["model"].encode("utf-8", "backslashreplace").decode()
+        for layer in model["layers"]:
+            resident.add_metric([name, layer["layer"].encode("utf-8", "replace").decode()], layer["resident_bytes"])
+    yield resident
 
 
 def exposition(status: Mapping[str, Any]) -> bytes:

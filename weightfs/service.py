@@ -367,6 +367,8 @@ class Service:
         filesystem, index, channel = self._serving(), self._index, self._channel
         library = filesystem.library
         assert index is not None
+        assert self._prefetch is not None
+        ahead = self._prefetch.status()
         return {
             **self.mount_document(),
             "uptime_s": round(time.monotonic() - self._orders["mounted_at"], 3),
@@ -390,14 +392,15 @@ class Service:
             "watch": self._beliefs.status() if self._beliefs else {"state": "off", "reason": self._unwatched},
             "index": {"epoch": index.epoch, "set_aside": index.set_aside},
             "control_socket": self.config.control_socket if self._control is not None else None,
-            "resident_bytes": None,
-            "prefetch": self._prefetch.status() if self._prefetch is not None else None,
+            "resident_bytes": sum(model["resident_bytes"] for model in ahead["models"]),
+            "prefetch": ahead,
         }
 
     def _commands(self) -> dict[str, control_server.Command]:
         return {
             "status": self._control_status,
             "crawl": self._control_crawl,
+            "timeline": self._control_timeline,
             **{name: functools.partial(self._control_prefetch, name) for name in _PREFETCH_COMMANDS},
         }
 
@@ -424,6 +427,10 @@ class Service:
         assert self._indexer is not None
         self._indexer.again()
         return {"indexing": self._indexer.status()}
+
+    async def _control_timeline(self, request: Mapping[str, Any], peer: Peer) -> dict[str, Any]:
+        assert self._prefetch is not None
+        return await trio.to_thread.run_sync(self._prefetch.timeline)
 
     async def _control_status(self, request: Mapping[str, Any], peer: Peer) -> dict[str, Any]:
         return await trio.to_thread.run_sync(self.status)

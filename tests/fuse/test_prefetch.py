@@ -268,6 +268,21 @@ def test_descriptors_are_given_back(model: str, mounter: Mounter) -> None:
     wait_until(lambda: len(os.listdir(f"/proc/{pid}/fd")) <= before, "descriptors come back")
 
 
+def test_the_timeline_tells_of_each_load(model: str, mounter: Mounter, tmp_path: Path) -> None:
+    mount = mounter(model)
+    make_cold(model)
+    assert weightfs("warm", mount.path("llama")).returncode == 0
+    page = tmp_path / "loads.html"
+    done = weightfs("timeline", mount.mountpoint, "--json", "--html", str(page))
+    assert done.returncode == 0, done.stderr
+    (load,) = json.loads(done.stdout)["loads"]
+    assert (load["model"], load["trigger"], load["outcome"]) == ("llama/model", "warm", "complete")
+    assert [layer["label"] for layer in load["layers"]][:3] == ["header", "embedding", "0"]
+    assert sum(load["samples"][-1]["resident_bytes"]) == sum(layer["bytes"] for layer in load["layers"])
+    assert 0 <= load["submitted_s"] < 1
+    assert "llama/model" in page.read_text()
+
+
 @pytest.fixture
 def three(tmp_path: Path) -> str:
     """A source with three models of the same size; gives the source."""

@@ -276,6 +276,8 @@ def _show(said: dict[str, Any]) -> None:
     )
     if "watch" in said:  # a daemon of an older version says nothing of it
         _show_watch(said["watch"])
+    if "prefetch" in said:  # a daemon of an older version says nothing of it
+        _show_prefetch(said["prefetch"])
     if said["deaths"]:
         died = "1 daemon has died" if said["deaths"] == 1 else f"{said['deaths']} daemons have died"
         say(f"  deaths     {died} and been followed")
@@ -287,6 +289,18 @@ def _show(said: dict[str, Any]) -> None:
         say(f"  fault      {printable(fault['path'])}: {printable(fault['message'])} (at byte {fault['offset']})")
     if said["index"]["set_aside"]:
         say(f"  index      {said['index']['set_aside'][0]} was unusable: {said['index']['set_aside'][1]}")
+
+
+def _show_prefetch(state: dict[str, Any]) -> None:
+    read, budget = human_bytes(state["filled_bytes"]), human_bytes(state["budget_bytes"])
+    halted = f", halted: {state['halted']}" if state["halted"] else ""
+    say(f"  prefetch   {state['mode']}: {read} read ahead, budget {budget}{halted}")
+    for one in state["active"]:
+        done = one["filled_bytes"] + one["found_bytes"]
+        say(f"  reading    {printable(one['model'])}: {human_bytes(done)} of {human_bytes(one['bytes'])}")
+    for one in state["models"]:
+        part = f"{human_bytes(one['resident_bytes'])} of {human_bytes(one['bytes'])}"
+        say(f"  in memory  {printable(one['model'])}: {part}")
 
 
 def _show_watch(watch: dict[str, Any]) -> None:
