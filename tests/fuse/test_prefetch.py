@@ -278,7 +278,8 @@ def test_the_timeline_tells_of_each_load(model: str, mounter: Mounter, tmp_path:
     (load,) = json.loads(done.stdout)["loads"]
     assert (load["model"], load["trigger"], load["outcome"]) == ("llama/model", "warm", "complete")
     assert [layer["label"] for layer in load["layers"]][:3] == ["header", "embedding", "0"]
-    assert sum(load["samples"][-1]["resident_bytes"]) == sum(layer["bytes"] for layer in load["layers"])
+    last = dict(pair for sample in load["samples"] for pair in sample["changed"])
+    assert last == {number: layer["bytes"] for number, layer in enumerate(load["layers"])}
     assert 0 <= load["submitted_s"] < 1
     assert "llama/model" in page.read_text()
 
