@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,13 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of all layers."""
         return sum(layer.nbytes for layer in self.layers)
+
+    def steps(self) -> tuple[Layer, ...]:
+        """What is read one after another: the layers, or runs of reads of one layer, which then may come twice."""
+        if not self.reads:
+            return self.layers
+        runs = itertools.groupby(self.reads, key=lambda read: read.label)
+        return tuple(Layer(label, tuple(read.extent for read in run)) for label, run in runs)
 
     def extents(self, labels: Collection[str] | None = None) -> Iterator[Extent]:
         """Every extent in reading order, or those of the layers named."""
