@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from prefetch.plan import Layer, Plan, plan_of
 from weightfs import model
 from weightfs.cli.mounting import Json, end, start
 from weightfs.cli.output import emit, human_bytes, printable, reporting, say
@@ -17,6 +18,7 @@ from weightfs.formats.layout import TensorExtent, WeightLayout
 
 def ls(
     path: Annotated[str, typer.Argument(help="A weight file, or a folder that holds some.")],
+    order: Annotated[bool, typer.Option("--order", help="The order in which prefetch reads it.")] = False,
     as_json: Json = False,
 ) -> None:
     """List the tensors of a weight file or model folder, mounted or not.
@@ -30,11 +32,31 @@ def ls(
                 raise WeightfsError("holds no weight files", path=path)
         else:
             layouts = {os.path.basename(path): model.file_layout(path)}
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        plans = {name: _plan(folder, layout) for name, layout in layouts.items()} if order else {}
         if as_json:
-            emit({"tensors": [_row(tensor) for layout in layouts.values() for tensor in layout.tensors]})
+            tensors = [_row(tensor) for layout in layouts.values() for tensor in layout.tensors]
+            emit({"tensors": tensors, **({"order": [_step(layer) for plan in plans.values() for layer in plan.layers]}
+                                         if order else {})})  # fmt: skip
+            return
+        for name, plan in plans.items():
+            say(f"{printable(name)}: {human_bytes(plan.nbytes)}, read in this order")
+            for layer in plan.layers:
+                reads = ", ".join(f"{one.file} {one.offset:,}+{one.nbytes:,}" for one in layer.extents)
+                say(f"  {layer.label:>16} {human_bytes(layer.nbytes):>10}  {printable(reads)}")
+        if order:
             return
         for name, layout in layouts.items():
             _print_layout(name, layout)
+
+
+def _plan(folder: str, layout: WeightLayout) -> Plan:
+    return plan_of(layout, {file: os.path.getsize(os.path.join(folder, file)) for file in layout.files})
+
+
+def _step(layer: Layer) -> dict[str, Any]:
+    extents = [{"file": one.file, "offset": one.offset, "nbytes": one.nbytes} for one in layer.extents]
+    return {"layer": layer.label, "bytes": layer.nbytes, "extents": extents}
 
 
 def _row(tensor: TensorExtent) -> dict[str, Any]:
