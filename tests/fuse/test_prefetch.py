@@ -185,6 +185,14 @@ def test_warm_residency_and_evict_agree(model: str, mounter: Mounter) -> None:
     assert not any(resident(path) for path in weights_of(model))
 
 
+def test_ls_shows_the_order(model: str, mounter: Mounter) -> None:
+    mount = mounter(model)
+    said = json.loads(weightfs("ls", "--order", mount.path("llama"), "--json").stdout)
+    assert [step["layer"] for step in said["order"]] == ["header", "embedding", "0", "1", "2", "3", "norm", "head"]
+    assert sum(step["bytes"] for step in said["order"]) == sum(os.path.getsize(path) for path in weights_of(model))
+    assert "read in this order" in weightfs("ls", "--order", os.path.join(model, "llama")).stdout
+
+
 def test_a_path_on_no_mount_is_said_to_be(model: str) -> None:
     for command in ("warm", "evict", "residency"):
         done = weightfs(command, model)

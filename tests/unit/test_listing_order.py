@@ -33,15 +33,6 @@ def test_a_folder_is_read_layer_by_layer(tmp_path: Path) -> None:
     assert {"file", "offset", "nbytes"} == set(order[0]["extents"][0])
 
 
-def test_people_see_the_same(tmp_path: Path) -> None:
-    done = weightfs("ls", write_shards(tmp_path), "--order")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert [line.split()[1] for line in lines[1:-1]] == ["header", "embedding", "0", "1"]
-    assert "model-00002-of-00002.safetensors 4,096 to " in done.stdout
-    assert lines[-1].endswith("in 4 steps, 6 extents")
-
-
 def test_one_file_and_without_the_option(tmp_path: Path) -> None:
     folder = write_shards(tmp_path)
     done = weightfs("ls", f"{folder}/model-00001-of-00002.safetensors", "--order", "--json")
