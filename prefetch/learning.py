@@ -1,0 +1,71 @@
+"""The order in which a loader wants a model, from the reads it was seen to make. Pure; see `prefetch.orders` for files.
+
+What is observed of a loader is coarser than what it asked for: the kernel reads ahead of it, in chunks, and its threads
+come in any order. So the order that is learned is one of tensors, each as a whole.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from prefetch.plan import Extent
+from weightfs.formats.layout import WeightLayout
+
+MAX_EXTENTS: Final = 4096
+"""Of one learned order. What comes after is read as `plan_of` would anyway."""
+
+
+def learn(layout: WeightLayout, sizes: Mapping[str, int], reads: Iterable[Extent]) -> list[Extent]:
+    """The extents a loader wanted, in order of first touch, each byte once.
+
+    A tensor, with the gap behind it, counts as touched by a read that begins in it or holds all of it. One that merely
+    runs into it, as the kernel's reading ahead does, counts only when no other ever comes. The header is an extent like
+    any other.
+
+    Args:
+        layout: of all the model's files; reads of other files, or behind a file's end, are passed over.
+        sizes: of each file in bytes.
+        reads: as observed, in order of time.
+
+    Returns:
+        `MAX_EXTENTS` at most; neighbours that were touched one after the other are one extent.
+    """
+    starts = {file: sorted(found) for file, found in _starts(layout, sizes).items()}
+    touched: dict[tuple[str, int], None] = {}  # file and position, in order
+    grazed: dict[tuple[str, int], None] = {}
+    for read in reads:
+        begins = starts.get(read.file)
+        if not begins or read.offset < 0 or read.nbytes <= 0 or read.offset >= sizes[read.file]:
+            continue
+        end = min(read.end, sizes[read.file])
+        position = bisect_right(begins, read.offset) - 1
+        touched.setdefault((read.file, position))
+        for following in range(position + 1, len(begins)):
+            if begins[following] >= end:
+                break
+            behind = begins[following + 1] if following + 1 < len(begins) else sizes[read.file]
+            (touched if behind <= end else grazed).setdefault((read.file, following))
+    order = list(touched) + [one for one in grazed if one not in touched]
+    found: list[Extent] = []
+    for file, position in order:
+        begins = starts[file]
+        begin = begins[position]
+        end = begins[position + 1] if position + 1 < len(begins) else sizes[file]
+        if found and found[-1].file == file and found[-1].end == begin:
+            found[-1] = Extent(file, found[-1].offset, end - found[-1].offset)
+        elif len(found) == MAX_EXTENTS:
+            break
+        else:
+            found.append(Extent(file, begin, end - begin))
+    return found
+
+
+def _starts(layout: WeightLayout, sizes: Mapping[str, int]) -> dict[str, set[int]]:
+    """Where each file's header and its tensors begin."""
+    found = {file: {0} if sizes[file] else set() for file in layout.files}
+    for tensor in layout.tensors:
+        if tensor.nbytes and tensor.offset < sizes[tensor.file]:
+            found[tensor.file].add(tensor.offset)
+    return found
