@@ -15,14 +15,16 @@ from weightfs.formats.layout import WeightLayout
 
 MAX_EXTENTS: Final = 4096
 """Of one learned order. What comes after is read as `plan_of` would anyway."""
+TOUCH_BYTES: Final = 512 << 10
+"""So much of a larger tensor must have been read. At a read-ahead of 128 KiB the kernel reads 64 KiB before a page
+fault (seen with safetensors) and up to 256 KiB behind a read, which may be the neighbours'."""
 
 
 def learn(layout: WeightLayout, sizes: Mapping[str, int], reads: Iterable[Extent]) -> list[Extent]:
     """The extents a loader wanted, in order of first touch, each byte once.
 
-    A tensor, with the gap behind it, counts as touched by a read that begins in it or holds all of it. One that merely
-    runs into it, as the kernel's reading ahead does, counts only when no other ever comes. The header is an extent like
-    any other.
+    A tensor, with the gap behind it, counts as touched once `TOUCH_BYTES` of it were read, or all of it. One of which
+    less was read is passed over: nobody asked for it, or for hardly any of it. The header is an extent like any other.
 
     Args:
         layout: of all the model's files; reads of other files, or behind a file's end, are passed over.
@@ -34,25 +36,24 @@ def learn(layout: WeightLayout, sizes: Mapping[str, int], reads: Iterable[Extent
     """
     starts = {file: sorted(found) for file, found in _starts(layout, sizes).items()}
     touched: dict[tuple[str, int], None] = {}  # file and position, in order
-    grazed: dict[tuple[str, int], None] = {}
+    missing: dict[tuple[str, int], int] = {}  # bytes that a touch still takes
     for read in reads:
         begins = starts.get(read.file)
         if not begins or read.offset < 0 or read.nbytes <= 0 or read.offset >= sizes[read.file]:
             continue
-        end = min(read.end, sizes[read.file])
-        position = bisect_right(begins, read.offset) - 1
-        touched.setdefault((read.file, position))
-        for following in range(position + 1, len(begins)):
-            if begins[following] >= end:
+        for position in range(bisect_right(begins, read.offset) - 1, len(begins)):
+            begin, end = _bounds(begins, position, sizes[read.file])
+            if begin >= read.end:
                 break
-            behind = begins[following + 1] if following + 1 < len(begins) else sizes[read.file]
-            (touched if behind <= end else grazed).setdefault((read.file, following))
-    order = list(touched) + [one for one in grazed if one not in touched]
+            one = read.file, position
+            if one not in touched:
+                there = min(read.end, end) - max(read.offset, begin)
+                missing[one] = missing.get(one, min(end - begin, TOUCH_BYTES)) - there
+                if missing[one] <= 0:
+                    touched[one] = None
     found: list[Extent] = []
-    for file, position in order:
-        begins = starts[file]
-        begin = begins[position]
-        end = begins[position + 1] if position + 1 < len(begins) else sizes[file]
+    for file, position in touched:
+        begin, end = _bounds(starts[file], position, sizes[file])
         if found and found[-1].file == file and found[-1].end == begin:
             found[-1] = Extent(file, found[-1].offset, end - found[-1].offset)
         elif len(found) == MAX_EXTENTS:
@@ -60,6 +61,11 @@ def learn(layout: WeightLayout, sizes: Mapping[str, int], reads: Iterable[Extent
         else:
             found.append(Extent(file, begin, end - begin))
     return found
+
+
+def _bounds(starts: list[int], position: int, size: int) -> tuple[int, int]:
+    """Begin and end of what begins at that position."""
+    return starts[position], starts[position + 1] if position + 1 < len(starts) else size
 
 
 def _starts(layout: WeightLayout, sizes: Mapping[str, int]) -> dict[str, set[int]]:

@@ -161,6 +161,10 @@ class Channel:
         second cache that nobody reads."""
         return self._reads.hints
 
+    def observed_reads(self, count: int) -> tuple[list[list[int]], int]:
+        """See `Reads.observed`."""
+        return self._reads.observed(count)
+
     @property
     def mountpoint(self) -> str:
         """What pyfuse3 is to be given as mountpoint."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import queue
 import threading
+from array import array
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -21,6 +22,9 @@ READ_BYTES: Final = 254 << 12
 """Largest READ. A pipe of 1 MiB, the most that every user may have, holds 256 pages: these, a header, and one more for
 a range that begins within a page."""
 
+
+_OBSERVED: Final = 1 << 20
+"""READs kept for whoever observes, until he fetches them: 24 MiB of memory."""
 
 _Job = tuple[int, Readable, int, int, int]
 """unique, readable, handle, offset, size."""
@@ -58,6 +62,22 @@ class Reads:
         self._threads: list[threading.Thread] = []
         self.bytes_read = 0
         self.hints = 0
+        self._observed: array[int] | None = None
+        self._unobserved = 0
+
+    def observed(self, count: int) -> tuple[list[list[int]], int]:
+        """READs that have come since the first call of this, in their order, each given once: at most `count`.
+
+        Returns:
+            Inode, offset and size of each, and how many were passed over because too many waited. Nothing is kept
+            before the first call.
+        """
+        if self._observed is None:
+            self._observed = array("Q")
+        taken = self._observed[: 3 * count]
+        del self._observed[: 3 * count]
+        passed_over, self._unobserved = self._unobserved, 0
+        return [taken[at : at + 3].tolist() for at in range(0, len(taken), 3)], passed_over
 
     def start(self, threads: int) -> None:
         """From now on so many are answered at once."""
@@ -75,6 +95,11 @@ class Reads:
         """A READ has come; whatever must be awaited for it runs in `nursery`."""
         handle, offset, size = wire.READ_IN.unpack_from(request, wire.IN_HEADER_BYTES)
         self._outstanding.add(unique, Opcode.READ, nodeid, 0)
+        if self._observed is not None:
+            if len(self._observed) < 3 * _OBSERVED:
+                self._observed.extend((nodeid, offset, size))
+            else:
+                self._unobserved += 1
         entry = self._handles.get(nodeid)
         if entry is not None and entry.readable is not None:
             self.hints += entry.backing_id is not None

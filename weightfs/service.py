@@ -56,6 +56,7 @@ _CRAWL_AFTER_TAKEOVER_S: Final = 30.0
 _STACKED: Final = frozenset({0x794C7630})  # overlayfs
 _FUSE: Final = 0x65735546
 STATUS_SCHEMA: Final = 1
+_READS_AT_ONCE: Final = 1 << 14  # a few milliseconds of the trio thread
 _PREFETCH_COMMANDS: Final = ("warm", "progress", "evict", "residency")
 
 
@@ -401,6 +402,7 @@ class Service:
             "status": self._control_status,
             "crawl": self._control_crawl,
             "timeline": self._control_timeline,
+            "reads": self._control_reads,
             **{name: functools.partial(self._control_prefetch, name) for name in _PREFETCH_COMMANDS},
         }
 
@@ -431,6 +433,11 @@ class Service:
     async def _control_timeline(self, request: Mapping[str, Any], peer: Peer) -> dict[str, Any]:
         assert self._prefetch is not None
         return await trio.to_thread.run_sync(self._prefetch.timeline)
+
+    async def _control_reads(self, request: Mapping[str, Any], peer: Peer) -> dict[str, Any]:
+        """READs since this was asked before; see `weightfs record`."""
+        reads, passed_over = self._channel.observed_reads(_READS_AT_ONCE)
+        return {"reads": reads, "passed_over": passed_over}
 
     async def _control_status(self, request: Mapping[str, Any], peer: Peer) -> dict[str, Any]:
         return await trio.to_thread.run_sync(self.status)

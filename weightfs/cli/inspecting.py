@@ -8,10 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from prefetch.orders import read_order
 from prefetch.plan import Layer, Plan, plan_of
 from weightfs import model
 from weightfs.cli.mounting import Json, end, start
 from weightfs.cli.output import emit, human_bytes, printable, reporting, say
+from weightfs.cli.placing import home_of
 from weightfs.errors import IntegrityError, UnfitError, WeightfsError
 from weightfs.formats.layout import TensorExtent, WeightLayout
 
@@ -55,7 +57,9 @@ def _plan(folder: str, layout: WeightLayout) -> Plan:
         sizes = {file: os.path.getsize(os.path.join(folder, file)) for file in layout.files}
     except OSError as e:
         raise WeightfsError(f"can't be examined: {os.strerror(e.errno or 0)}", path=e.filename) from e
-    return plan_of(layout, sizes)
+    home = home_of(folder or ".")
+    learned = None if home is None else read_order(home.state_folder, home.folder, layout.files)
+    return plan_of(layout, sizes, learned)
 
 
 def _step(layer: Layer) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from weightfs.cli import demo, inspecting, mounting, setup, timeline, warming
+from weightfs.cli import demo, inspecting, mounting, recording, setup, timeline, warming
 
 app = typer.Typer(
     name="weightfs",
@@ -20,6 +20,7 @@ app.command()(warming.warm)
 app.command()(warming.evict)
 app.command()(warming.residency)
 app.command()(inspecting.ls)
+app.command()(recording.record)
 app.command()(inspecting.verify)
 app.command()(inspecting.doctor)
 app.command()(timeline.timeline)
