@@ -304,9 +304,10 @@ class Scheduler:
 
         with self._measuring:
             self._opened[standing] = opened
-        standing.fill = self._filler.start(cut(iter(extents)), opened.fds, end, first=False)
+        fill = standing.fill = Fill(cut(iter(extents)), opened.fds, end)
         if len(affordable) < len(wanted):
-            standing.fill.failure = f"the budget of {self._config.budget_bytes} bytes has room for {left} of {need}"
+            fill.failure = f"the budget of {self._config.budget_bytes} bytes has room for {left} of {need}"
+        self._filler.start(fill)
         return standing
 
     # On request; in worker threads
