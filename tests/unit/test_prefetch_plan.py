@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
 import time
+from collections.abc import Sequence
 
-import pytest
-
-from prefetch.plan import Plan, plan_of, whole_file_plan
+from prefetch.plan import Extent, Plan, plan_of, whole_file_plan
 from weightfs.formats.layout import TensorExtent, WeightLayout
 from weightfs.formats.roles import classify
 
@@ -24,46 +22,19 @@ def layout_of(*files: list[str], nbytes: int = 10_000) -> WeightLayout:
     return WeightLayout("safetensors", tuple(f"f{n}" for n in range(len(files))), tuple(tensors))
 
 
-def plan(layout: WeightLayout) -> Plan:
+def sizes_of(layout: WeightLayout) -> dict[str, int]:
     ends = dict.fromkeys(layout.files, HEADER)
     for tensor in layout.tensors:
         ends[tensor.file] = tensor.offset + tensor.nbytes
-    return plan_of(layout, ends)
+    return ends
 
 
-def labels(*names: str) -> list[str]:
-    """The layers of a model whose file has its tensors in a shuffled order."""
-    shuffled = list(names)
-    random.Random(7).shuffle(shuffled)
-    return [layer.label for layer in plan(layout_of(shuffled)).layers if layer.label != "header"]
+def plan(layout: WeightLayout, learned: Sequence[Extent] | None = None) -> Plan:
+    return plan_of(layout, sizes_of(layout), learned)
 
 
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["model.embed_tokens.weight", "model.layers.0.q.weight", "model.layers.10.q.weight", "model.norm.weight",
-          "lm_head.weight"], ["embedding", "0", "10", "norm", "head"]),
-        (["transformer.wte.weight", "transformer.h.0.a", "transformer.h.1.a", "transformer.ln_f.weight"],
-         ["embedding", "0", "1", "norm"]),
-        (["gpt_neox.embed_in.weight", "gpt_neox.layers.0.a", "gpt_neox.layers.1.a", "embed_out.weight"],
-         ["embedding", "0", "1", "head"]),
-        (["token_embd.weight", "blk.0.attn_q.weight", "blk.1.attn_q.weight", "output_norm.weight", "output.weight"],
-         ["embedding", "0", "1", "norm", "head"]),
-        (["embeddings.word_embeddings.weight", "encoder.layer.0.a", "encoder.layer.1.a", "pooler.dense.weight"],
-         ["embedding", "0", "1", "other"]),
-        (["model.embed_tokens.weight", "model.layers.0.mlp.experts.7.w1.weight", "model.layers.1.mlp.gate.weight"],
-         ["embedding", "0", "1"]),
-        (["vision_tower.blocks.0.a", "vision_tower.blocks.1.a", "model.embed_tokens.weight", "model.layers.0.a",
-          "lm_head.weight"], ["tower.0", "tower.1", "embedding", "0", "head"]),
-        (["model.encoder.layers.0.a", "model.encoder.layers.1.a", "model.decoder.layers.0.a", "proj_out.weight"],
-         ["encoder.0", "encoder.1", "0", "head"]),
-        (["base_model.model.model.layers.0.q.lora_A.weight", "base_model.model.model.layers.1.q.lora_A.weight"],
-         ["0", "1"]),
-        (["down_blocks.0.a", "down_blocks.1.a", "mid_block.a", "up_blocks.0.a"], ["0", "1", "100", "101"]),
-    ],
-)  # fmt: skip
-def test_each_family_is_read_in_the_order_it_runs(names: list[str], expected: list[str]) -> None:
-    assert labels(*names) == expected
+def reads(made: Plan) -> list[tuple[str, str, int, int]]:
+    return [(read.label, read.extent.file, read.extent.offset, read.extent.end) for read in made.reads]
 
 
 def test_names_that_say_nothing_keep_the_order_of_the_file() -> None:
@@ -91,11 +62,67 @@ def test_whole_files_are_one_layer_each() -> None:
     assert [(layer.label, layer.nbytes) for layer in made.layers] == [("f0", 11_000)]
 
 
-def test_a_plan_of_a_thousand_tensors_takes_milliseconds() -> None:
-    layout = layout_of([f"model.layers.{n // 10}.w{n % 10}" for n in range(1000)])
-    took = []
-    for _ in range(5):
-        started = time.perf_counter()
-        plan(layout)
-        took.append(time.perf_counter() - started)
-    assert min(took) < 0.02
+def test_a_page_that_many_layers_share_goes_with_the_one_needed_first_of_all() -> None:
+    layout = layout_of([f"model.layers.{number}.a" for number in (3, 5, 1, 4, 2)], nbytes=600)
+    made = plan_of(layout, {"f0": 9000})
+    assert [(layer.label, [(one.offset, one.end) for one in layer.extents]) for layer in made.layers] == [
+        ("header", [(0, 4096)]), ("2", [(4096, 9000)]),
+    ]  # fmt: skip
+
+
+def test_files_whose_names_say_nothing_are_read_one_after_another() -> None:
+    made = plan(layout_of(["zeta", "alpha"], ["mu"]))
+    assert reads(made) == [
+        ("header", "f0", 0, 4096), ("other", "f0", 4096, 21_000),
+        ("header", "f1", 0, 4096), ("other", "f1", 4096, 11_000),
+    ]  # fmt: skip
+    assert list(made.extents()) == [read.extent for read in made.reads]
+
+
+def test_what_was_learned_is_read_first_and_the_rest_in_the_order_of_layers() -> None:
+    layout = layout_of(["model.embed_tokens.weight", "model.layers.0.a", "model.layers.1.a"], nbytes=8192 * 1000)
+    made = plan(layout, [Extent("f0", 17_000_000, 10), Extent("f0", 9_000_000, 5000)])
+    start, middle = 8192 * 1000 + HEADER, 8192 * 2000 + HEADER
+    assert reads(made) == [
+        ("1", "f0", 17_000_000 // 4096 * 4096, 17_000_000 // 4096 * 4096 + 4096),
+        ("0", "f0", 9_000_000 // 4096 * 4096, -(-9_005_000 // 4096) * 4096),
+        ("header", "f0", 0, 4096),
+        ("embedding", "f0", 4096, -(-start // 4096) * 4096),
+        ("0", "f0", -(-start // 4096) * 4096, 9_000_000 // 4096 * 4096),
+        ("0", "f0", -(-9_005_000 // 4096) * 4096, -(-middle // 4096) * 4096),
+        ("1", "f0", -(-middle // 4096) * 4096, 17_000_000 // 4096 * 4096),
+        ("1", "f0", 17_000_000 // 4096 * 4096 + 4096, 24_577_000),
+    ]
+    assert made.layers == plan(layout).layers
+    assert list(made.extents({"0"})) == [read.extent for read in made.reads if read.label == "0"]
+
+
+def test_what_was_learned_may_be_stale() -> None:
+    layout = layout_of(["model.layers.0.a"])
+    stale = [Extent("gone", 0, 100), Extent("f0", -5000, 10), Extent("f0", 1 << 40, 100), Extent("f0", 8192, 0),
+             Extent("f0", 8192, 1 << 40)]  # fmt: skip
+    assert reads(plan(layout, stale)) == [
+        ("0", "f0", 8192, 11_000), ("header", "f0", 0, 4096), ("0", "f0", 4096, 8192),
+    ]  # fmt: skip
+
+
+def test_a_small_gap_of_the_same_layer_is_read_along() -> None:
+    layout = layout_of(["model.layers.0.a", "model.layers.1.a"], nbytes=4 << 20)
+    near = [Extent("f0", 1 << 20, 4096), Extent("f0", 2 << 20, 4096)]
+    assert reads(plan(layout, near))[0] == ("0", "f0", 1 << 20, (2 << 20) + 4096)
+    far = [Extent("f0", 1 << 20, 4096), Extent("f0", (2 << 20) + 4096, 4096)]
+    assert reads(plan(layout, far))[0] == ("0", "f0", 1 << 20, (1 << 20) + 4096)
+    another = [Extent("f0", (4 << 20) - 4096, 4096), Extent("f0", (4 << 20) + 40_960, 4096)]
+    assert [read[0] for read in reads(plan(layout, another))][:2] == ["0", "1"]
+
+
+def test_plans_take_milliseconds() -> None:
+    """Measured 2 ms for 1,000 tensors and 25 ms for 10,000; more is allowed here, where others run beside it."""
+    for count, bound_s in ((1000, 0.02), (10_000, 0.15)):
+        layout = layout_of([f"model.layers.{n * 60 // count}.mlp.experts.{n}.w.weight" for n in range(count)])
+        took = []
+        for _ in range(5):
+            started = time.perf_counter()
+            plan(layout)
+            took.append(time.perf_counter() - started)
+        assert min(took) < bound_s

@@ -36,12 +36,12 @@ def ls(
         plans = {name: _plan(folder, layout) for name, layout in layouts.items()} if order else {}
         if as_json:
             tensors = [_row(tensor) for layout in layouts.values() for tensor in layout.tensors]
-            emit({"tensors": tensors, **({"order": [_step(layer) for plan in plans.values() for layer in plan.layers]}
+            emit({"tensors": tensors, **({"order": [_step(layer) for plan in plans.values() for layer in plan.steps()]}
                                          if order else {})})  # fmt: skip
             return
         for name, plan in plans.items():
             say(f"{printable(name)}: {human_bytes(plan.nbytes)}, read in this order")
-            for layer in plan.layers:
+            for layer in plan.steps():
                 reads = ", ".join(f"{one.file} {one.offset:,}+{one.nbytes:,}" for one in layer.extents)
                 say(f"  {layer.label:>16} {human_bytes(layer.nbytes):>10}  {printable(reads)}")
         if order:
@@ -51,7 +51,11 @@ def ls(
 
 
 def _plan(folder: str, layout: WeightLayout) -> Plan:
-    return plan_of(layout, {file: os.path.getsize(os.path.join(folder, file)) for file in layout.files})
+    try:
+        sizes = {file: os.path.getsize(os.path.join(folder, file)) for file in layout.files}
+    except OSError as e:
+        raise WeightfsError(f"can't be examined: {os.strerror(e.errno or 0)}", path=e.filename) from e
+    return plan_of(layout, sizes)
 
 
 def _step(layer: Layer) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import re
 
 from weightfs.formats.layout import Role
 
-_BLOCK = re.compile(
+BLOCK = re.compile(
     r"(?:^|\.)"
     r"(?:(mid_block|middle_block)|((?:[a-z]+_)*(?:layers?|blocks?|resblocks|blk|h))\.([0-9]{1,6}))"
     r"(?:\.|$)"
@@ -62,7 +62,7 @@ def classify(name: str) -> tuple[Role, int | None]:
         included, belongs to the block. Numbers follow execution order within one tower: see `_STAGE` for models
         whose stages each count from 0.
     """
-    block = _BLOCK.search(name)
+    block = BLOCK.search(name)
     if block is not None:
         middle, kind, number = block.groups()
         if middle is not None:
