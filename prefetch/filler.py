@@ -53,7 +53,9 @@ class Fill:
     """One model being read in. Counters may be read from any thread.
 
     Attributes:
-        fds: a descriptor for each file, which must stay open until `ended` is set.
+        chunks: what to read, a read each; see `cut`.
+        fds: a descriptor for each file, by the chunks' names of it, which must stay open until `on_end` is called.
+        on_end: called in a thread of the filler once nothing of it is under way any more, and before `ended` is set.
         submitted_at: when the first read was begun (monotonic), None before.
         filled_bytes: read in so far, by this fill.
         skipped_bytes: found in memory.
@@ -91,32 +93,22 @@ class Filler:
         self._demand = demand
         self._turn = threading.Condition()
         self._fills: deque[Fill] = deque()
+        self._ended: deque[Fill] = deque()  # nothing of them is under way, and nobody was told yet
         self._threads: list[threading.Thread] = []
         self._working = 0
         self._ends = False
         self.halted = False
         self.filled_bytes = 0
 
-    def start(self, chunks: Iterator[Extent], fds: dict[str, int], on_end: Callable[[], None], *, first: bool) -> Fill:
-        """Read extents in, in their order, `first` before all others.
-
-        Args:
-            chunks: what to read; see `cut`.
-            fds: descriptors by the extents' file names.
-            on_end: called in a thread once nothing of it is under way any more.
-        """
-        fill = Fill(chunks, fds, on_end)
+    def start(self, fill: Fill) -> None:
+        """Read what a fill has, in its order, beside what others have."""
         with self._turn:
-            if first:
-                self._fills.appendleft(fill)
-            else:
-                self._fills.append(fill)
+            self._fills.append(fill)
             while len(self._threads) < self._config.depth:
                 thread = threading.Thread(target=self._work, name="filler", daemon=True)
                 self._threads.append(thread)
                 thread.start()
             self._turn.notify_all()
-        return fill
 
     def cancel(self, fill: Fill, why: str) -> None:
         """End a fill early."""
@@ -146,6 +138,9 @@ class Filler:
         with open(os.devnull, "wb", buffering=0) as sink:
             while (taken := self._take()) is not None:
                 fill, chunk = taken
+                if chunk is None:
+                    self._end(fill)
+                    continue
                 try:
                     self._fill(fill, chunk, sink.fileno())
                 except OSError as e:
@@ -153,35 +148,35 @@ class Filler:
                     log.warning("prefetch of %s ends at byte %d: %s", chunk.file, chunk.offset, e.strerror)
                 self._done(fill)
 
-    def _take(self) -> tuple[Fill, Extent] | None:
-        """The next read; None at the end."""
+    def _take(self) -> tuple[Fill, Extent | None] | None:
+        """The next read, or a fill to end; None when the filler ends."""
         with self._turn:
             while not self._ends:
-                for _ in range(len(self._fills)):
+                self._sort_out()
+                if self._ended:
+                    return self._ended.popleft(), None
+                if self.halted or not self._fills:
+                    self._turn.wait()
+                elif self._working >= self._config.depth_beside_demand and self._demand():
+                    self._turn.wait(_HELD_S)
+                else:
                     fill = self._fills[0]
-                    chunk = None if fill.cancelled or fill.exhausted else next(fill.chunks, None)
-                    if chunk is None:
-                        self._fills.popleft()
+                    if (chunk := next(fill.chunks, None)) is None:
                         fill.exhausted = True
-                        if not fill.working:
-                            self._end(fill)
                         continue
                     self._fills.rotate(-1)
                     fill.working += 1
                     self._working += 1
-                    if self._wait_while_too_many():
-                        return fill, chunk
-                    fill.working -= 1
-                    self._working -= 1
-                    return None
-                self._turn.wait()
+                    return fill, chunk
             return None
 
-    def _wait_while_too_many(self) -> bool:
-        """Wait while halted, or while a demand read has the disk; False at the end."""
-        while not self._ends and (self.halted or (self._working > self._config.depth_beside_demand and self._demand())):
-            self._turn.wait(None if self.halted else _HELD_S)
-        return not self._ends
+    def _sort_out(self) -> None:
+        """Take fills of which nothing is left to begin out of the turn."""
+        for fill in [fill for fill in self._fills if fill.cancelled or fill.exhausted]:
+            self._fills.remove(fill)
+            fill.exhausted = True
+            if not fill.working:
+                self._ended.append(fill)
 
     def _fill(self, fill: Fill, chunk: Extent, sink: int) -> None:
         fd = fill.fds[chunk.file]
@@ -210,13 +205,16 @@ class Filler:
             fill.working -= 1
             self._working -= 1
             if fill.exhausted and not fill.working:
-                self._end(fill)
+                self._ended.append(fill)
             self._turn.notify()
 
     def _end(self, fill: Fill) -> None:
-        if not fill.ended.is_set():
-            fill.ended.set()
+        """Without the lock: whoever is told may wait for the device."""
+        try:
             fill.on_end()
+        except Exception:
+            log.exception("the end of a prefetch failed")
+        fill.ended.set()
 
 
 def cut(extents: Iterator[Extent], chunk_bytes: int = CHUNK_BYTES) -> Iterator[Extent]:

@@ -37,7 +37,7 @@ _AGAIN_S: Final = 1.0
 """A model whose plan began less than this ago is not planned again: a loader opens a dozen of its files."""
 _REMEMBERED: Final = 4096
 _PRESSURE_S: Final = 0.25
-_SAMPLE_S: Final = 0.1
+_SAMPLE_S: Final = 0.05
 _RESIDENT_S: Final = 2.0
 _SHOWN: Final = 32
 _EVERYTHING: Final = 1 << 62
@@ -289,7 +289,7 @@ class Scheduler:
         else:
             left = self._occupancy.make_room(need, [(one.key, one.wanted_s) for one in others])
         affordable = _first_of(wanted, left)
-        extents = [extent for layer in affordable for extent in layer.extents]
+        labels = {layer.label for layer in affordable}
 
         def end() -> None:
             try:
@@ -304,9 +304,11 @@ class Scheduler:
 
         with self._measuring:
             self._opened[standing] = opened
-        standing.fill = self._filler.start(cut(iter(extents)), opened.fds, end, first=False)
+        fill = standing.fill = Fill(cut(plan.extents(labels)), opened.fds, end)
         if len(affordable) < len(wanted):
-            standing.fill.failure = f"the budget of {self._config.budget_bytes} bytes has room for {left} of {need}"
+            fill.failure = f"the budget of {self._config.budget_bytes} bytes has room for {left} of {need}"
+        self._filler.start(fill)
+        self._measure(standing)
         return standing
 
     # On request; in worker threads

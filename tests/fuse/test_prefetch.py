@@ -141,10 +141,10 @@ def test_a_quantisation_is_read_when_it_is_opened_and_its_neighbours_are_not(tmp
     mount = mounter(source)
     make_cold(source)
     use(mount, "config.json")
-    assert not any(resident(path) for path in weights_of(source)), "nothing says which of them is meant"
+    assert quiet(mount)["wanted"] == 0, "nothing says which of them is meant"
     use(mount, "a-q8.gguf")
     wait_until_resident([os.path.join(source, "a-q8.gguf")])
-    assert resident(os.path.join(source, "a-q4.gguf")) == 0
+    assert resident(os.path.join(source, "a-q4.gguf")) < 0.5, "but for its header, which indexing may have read"
 
 
 def test_a_draft_is_read_with_its_model(tmp_path: Path, mounter: Mounter) -> None:
@@ -217,6 +217,7 @@ def test_ten_thousand_triggers_are_one_plan(model: str, mounter: Mounter) -> Non
     assert state["triggers"] == 10000
     size = sum(os.path.getsize(path) for path in weights_of(model))
     assert 0 < state["filled_bytes"] <= size, "no byte twice"
+    assert {load["outcome"] for load in mount.control("timeline")["loads"]} == {"complete"}
     wait_until_resident(weights_of(model))
 
 

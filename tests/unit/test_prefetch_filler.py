@@ -1,0 +1,191 @@
+"""The filler's threads: fair, interruptible, and never taken down by what they read."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prefetch.filler import CHUNK_BYTES, Fill, Filler, FillerConfig, cut
+from prefetch.plan import Extent
+from prefetch.residency import drop, resident_bytes
+
+SOON_S = 10.0
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    """A descriptor of a file of 9 MiB and a bit, of which nothing is in memory."""
+    path = tmp_path / "weights"
+    path.write_bytes(os.urandom(1 << 20) * 9 + b"end")
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    drop(fd)
+    yield fd
+    os.close(fd)
+
+
+@pytest.fixture
+def filler() -> Iterator[Filler]:
+    made = Filler(FillerConfig(depth=4))
+    yield made
+    made.close()
+
+
+def begin(filler: Filler, fd: int, *extents: tuple[int, int]) -> Fill:
+    fill = Fill(cut(Extent("f", *one) for one in extents), {"f": fd}, lambda: None)
+    filler.start(fill)
+    return fill
+
+
+def size_of(fd: int) -> int:
+    return os.fstat(fd).st_size
+
+
+def test_all_of_it_is_in_memory_when_it_has_ended(filler: Filler, file: int) -> None:
+    fill = begin(filler, file, (0, size_of(file)))
+    assert fill.ended.wait(SOON_S)
+    assert fill.failure is None
+    assert fill.filled_bytes + fill.skipped_bytes == size_of(file)
+    assert resident_bytes(file, 0, size_of(file)) == size_of(file)
+
+
+def test_what_is_in_memory_is_not_read_again(filler: Filler, file: int) -> None:
+    assert begin(filler, file, (0, size_of(file))).ended.wait(SOON_S)
+    again = begin(filler, file, (0, size_of(file)))
+    assert again.ended.wait(SOON_S)
+    assert (again.filled_bytes, again.skipped_bytes) == (0, size_of(file))
+
+
+def test_a_file_that_ends_early_ends_its_fill(filler: Filler, file: int) -> None:
+    fill = begin(filler, file, (0, size_of(file)), (1 << 30, 4096))
+    assert fill.ended.wait(SOON_S)
+    assert fill.failure is not None
+    assert "ends at byte" in fill.failure
+
+
+def test_a_device_that_fails_ends_its_fill_and_no_other(
+    filler: Filler, file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.sendfile
+
+    def broken(out: int, fd: int, offset: int, count: int) -> int:
+        if offset < 4096:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(out, fd, offset, count)
+
+    monkeypatch.setattr(os, "sendfile", broken)
+    bad, good = begin(filler, file, (0, 4096)), begin(filler, file, (CHUNK_BYTES, 4096))
+    assert bad.ended.wait(SOON_S)
+    assert good.ended.wait(SOON_S)
+    assert bad.failure == f"f: {os.strerror(errno.EIO)}"
+    assert good.failure is None
+
+
+def test_a_read_that_never_returns_holds_up_its_thread_alone(
+    filler: Filler, file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, let_go = os.sendfile, threading.Event()
+
+    def stuck(out: int, fd: int, offset: int, count: int) -> int:
+        if offset == 0:
+            let_go.wait(SOON_S)
+        return real(out, fd, offset, count)
+
+    monkeypatch.setattr(os, "sendfile", stuck)
+    waits = begin(filler, file, (0, 4096))
+    others = [begin(filler, file, (CHUNK_BYTES, 1 << 20)) for _ in range(5)]
+    assert all(one.ended.wait(SOON_S) for one in others)
+    assert not waits.ended.is_set()
+    let_go.set()
+    assert waits.ended.wait(SOON_S)
+
+
+def test_two_models_take_turns(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    filler, order = Filler(FillerConfig(depth=1)), list[str]()
+
+    def note(self: Filler, fill: Fill, chunk: Extent, sink: int) -> None:
+        order.append(chunk.file)
+
+    monkeypatch.setattr(Filler, "_fill", note)
+    filler.halt(True)
+    fills = []
+    for name in ("a", "b"):
+        parts = [Extent(name, number * CHUNK_BYTES, CHUNK_BYTES) for number in range(3)]
+        fills.append(Fill(iter(parts), {}, lambda: None))
+        filler.start(fills[-1])
+    filler.halt(False)
+    assert all(fill.ended.wait(SOON_S) for fill in fills)
+    filler.close()
+    assert "".join(order) == "ababab"
+
+
+def test_while_halted_nothing_is_begun(filler: Filler, file: int) -> None:
+    filler.halt(True)
+    fill = begin(filler, file, (0, size_of(file)))
+    assert not fill.ended.wait(0.2)
+    assert fill.submitted_at is None
+    filler.halt(False)
+    assert fill.ended.wait(SOON_S)
+
+
+def test_a_cancelled_fill_ends(filler: Filler, file: int) -> None:
+    filler.halt(True)
+    fill = begin(filler, file, (0, size_of(file)))
+    filler.cancel(fill, "not wanted")
+    filler.halt(False)
+    assert fill.ended.wait(SOON_S)
+    assert fill.failure == "not wanted"
+
+
+def test_beside_a_demand_read_few_are_under_way(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, under_way, most = threading.Event(), [0], [0]
+    lock = threading.Lock()
+    asked.set()
+
+    def counted(self: Filler, fill: Fill, chunk: Extent, sink: int) -> None:
+        with lock:
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+        asked.wait(0.01)
+        with lock:
+            under_way[0] -= 1
+
+    monkeypatch.setattr(Filler, "_fill", counted)
+    filler = Filler(FillerConfig(depth=8, depth_beside_demand=2), asked.is_set)
+    fill = begin(filler, file, *((n * CHUNK_BYTES, CHUNK_BYTES) for n in range(40)))
+    assert fill.ended.wait(SOON_S)
+    filler.close()
+    assert most[0] <= 2
+
+
+def test_whoever_is_told_of_the_end_may_wait_for_another(filler: Filler, file: int) -> None:
+    told, first = threading.Event(), Fill(cut(iter([Extent("f", 0, 4096)])), {"f": file}, lambda: None)
+
+    def wait() -> None:
+        filler.halt(False)  # needs the filler's lock
+        told.set()
+
+    second = Fill(cut(iter([Extent("f", 0, 4096)])), {"f": file}, wait)
+    for fill in (first, second):
+        filler.start(fill)
+    assert told.wait(SOON_S)
+    assert first.ended.wait(SOON_S)
+    assert second.ended.wait(SOON_S)
+
+
+def test_an_end_that_fails_is_logged_and_the_next_one_comes(
+    filler: Filler, file: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise ValueError("no")
+
+    bad = Fill(cut(iter([Extent("f", 0, 4096)])), {"f": file}, fail)
+    filler.start(bad)
+    assert bad.ended.wait(SOON_S)
+    assert begin(filler, file, (0, 4096)).ended.wait(SOON_S)
+    assert "the end of a prefetch failed" in caplog.text
