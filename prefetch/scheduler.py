@@ -20,7 +20,7 @@ import trio
 
 from prefetch.filler import Fill, Filler, FillerConfig, cut
 from prefetch.occupancy import Key, Occupancy, OpenedModel, Shelf, drop_model, resident_of_model
-from prefetch.plan import Layer, Plan, plan_of, whole_file_plan
+from prefetch.plan import Extent, Layer, Plan, plan_of, whole_file_plan
 from prefetch.pressure import Pressure, Reason
 from prefetch.residency import resident_of
 from prefetch.timeline import Load, Timeline
@@ -53,6 +53,7 @@ class SchedulerConfig:
         mode: `layers` reads in the order a loader needs, `whole` in the order of the files, `off` only on request.
         budget_bytes: what models may take of the page cache together.
         pinned: labels of the layers that are locked in memory once they were read.
+        learned: the order in which a loader was seen to read a model, given its folder and its files; None: by layers.
         drafts: folder of a model -> folder of the one that drafts for it, which is read first.
         filler: see `FillerConfig`.
     """
@@ -60,6 +61,7 @@ class SchedulerConfig:
     mode: str = "layers"
     budget_bytes: int = 1 << 62
     pinned: frozenset[str] = frozenset()
+    learned: Callable[[bytes, Collection[str]], Sequence[Extent] | None] = lambda folder, files: None
     drafts: Mapping[str, str] = field(default_factory=dict)
     filler: FillerConfig = field(default_factory=FillerConfig)
 
@@ -265,8 +267,11 @@ class Scheduler:
         opened = self._shelf.open(*key)
         if opened is None:
             return None
-        planner = whole_file_plan if self._config.mode == "whole" else plan_of
-        plan = planner(opened.layout, opened.sizes)
+        if self._config.mode == "whole":
+            plan = whole_file_plan(opened.layout, opened.sizes)
+        else:
+            learned = self._config.learned(key[0], opened.layout.files)
+            plan = plan_of(opened.layout, opened.sizes, learned)
         wanted = [layer for layer in plan.layers if layers is None or layer.label in layers]
         with self._lock:
             again = self._models.get(key)

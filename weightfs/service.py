@@ -24,6 +24,7 @@ import pyfuse3
 import trio
 
 from prefetch.budget import effective_budget
+from prefetch.orders import read_order
 from prefetch.scheduler import Scheduler, SchedulerConfig
 from weightfs import control_server, metrics, mounts
 from weightfs.beliefs import Beliefs, resynchronise
@@ -196,6 +197,7 @@ class Service:
                 mode=self.config.prefetch,
                 budget_bytes=effective_budget(self.config.memory_budget_bytes).nbytes,
                 pinned=self.config.pinned_layers,
+                learned=lambda folder, files: read_order(self.config.state_folder, os.fsdecode(folder), files),
                 drafts=self.config.draft,
             ),
             self._channel.is_asked,

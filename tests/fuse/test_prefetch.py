@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from prefetch.orders import write_order
+from prefetch.plan import Extent
 from prefetch.residency import drop, resident_bytes
 from tests.helpers.models import (
     every_quantisation,
@@ -191,6 +193,19 @@ def test_ls_shows_the_order(model: str, mounter: Mounter) -> None:
     assert [step["layer"] for step in said["order"]] == ["header", "embedding", "0", "1", "2", "3", "norm", "head"]
     assert sum(step["bytes"] for step in said["order"]) == sum(os.path.getsize(path) for path in weights_of(model))
     assert "read in this order" in weightfs("ls", "--order", os.path.join(model, "llama")).stdout
+
+
+def test_a_learned_order_is_followed(tmp_path: Path, mounter: Mounter) -> None:
+    source, state = str(tmp_path / "source"), str(tmp_path / "state")
+    path = write_safetensors(os.path.join(source, "a", "model.safetensors"), model_tensors(4, rows=ROWS))
+    last = os.path.getsize(path) // 4096 * 4096
+    write_order(state, "a", "test", [Extent("model.safetensors", last - 4096, 4096)])
+    mount = mounter(source, state_dir=state)
+    said = json.loads(weightfs("ls", "--order", mount.path("a"), "--json").stdout)["order"]
+    assert said[0]["extents"][0]["offset"] == last - 4096
+    make_cold(source)
+    assert warm(mount, "a")["failure"] is None
+    assert resident(path) == 1
 
 
 def test_a_path_on_no_mount_is_said_to_be(model: str) -> None:
