@@ -137,8 +137,8 @@ class Predictor:
         by_hour = 1 - math.exp(-self._expected(model, past, now_s, now_s + window_s))
         elapsed = now_s - past.last_s
         rate = self._rate(past, now_s)
-        waiting = _survival(past.gaps, rate, elapsed)
-        by_gap = 1 - _survival(past.gaps, rate, elapsed + window_s) / waiting if waiting > 0 else by_hour
+        waiting, still = _longer(past.gaps, rate, elapsed, elapsed + window_s)
+        by_gap = 1 - still / waiting if waiting > 0 else by_hour
         trust = 1 / (1 + math.exp(-past.evidence))
         return min(1.0, max(0.0, trust * by_gap + (1 - trust) * by_hour))
 
@@ -210,7 +210,8 @@ class Predictor:
         gap = at_s - past.last_s
         rate = self._rate(past, past.last_s)
         low, high = _gap_edges(_gap_bin(gap))
-        by_gap = _survival(past.gaps, rate, low) - _survival(past.gaps, rate, high)
+        longer, still = _longer(past.gaps, rate, low, high)
+        by_gap = (longer - still) / (sum(past.gaps.values()) + _PRIOR)
         before = past.last_s + low
         by_hour = math.exp(-self._expected(model, past, past.last_s, before)) * -math.expm1(
             -self._expected(model, past, before, past.last_s + high)
@@ -302,14 +303,14 @@ def _gap_edges(gap: int) -> tuple[float, float]:
 _EDGES: Final = [2.0 ** (at / _GAPS_PER_OCTAVE) for at in range(_GAP_BINS + 1)]
 
 
-def _survival(gaps: Mapping[int, float], rate: float, elapsed_s: float) -> float:
-    """How likely a gap is longer than `elapsed_s`."""
-    longer = _PRIOR * math.exp(-rate * elapsed_s)
-    whole = _PRIOR
+def _longer(gaps: Mapping[int, float], rate: float, from_s: float, until_s: float) -> tuple[float, float]:
+    """The weight of gaps longer than each of two lengths, chance's part included."""
+    first, second = _PRIOR * math.exp(-rate * from_s), _PRIOR * math.exp(-rate * until_s)
     for gap, weight in gaps.items():
-        whole += weight
         high = _EDGES[gap + 1]
-        if elapsed_s < high:
+        if from_s < high:
             low = _EDGES[gap] if gap else 0.0
-            longer += weight if elapsed_s <= low else weight * (high - elapsed_s) / (high - low)
-    return longer / whole
+            first += weight if from_s <= low else weight * (high - from_s) / (high - low)
+            if until_s < high:
+                second += weight if until_s <= low else weight * (high - until_s) / (high - low)
+    return first, second
