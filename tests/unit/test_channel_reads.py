@@ -44,6 +44,23 @@ def test_reads_are_answered_from_the_readable() -> None:
     run(main)
 
 
+def test_reads_are_noted_from_the_first_question_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reads, "_OBSERVED", 3)
+
+    async def main() -> None:
+        async with stage() as on:
+            await on.open(5, 77, Bytes(DATA))
+            await read(on, 100, 0, 10)
+            assert on.channel.observed_reads(10) == ([], 0)
+            for unique in range(101, 106):
+                await read(on, unique, unique << 12, 20)
+            assert on.channel.observed_reads(2) == ([[5, 101 << 12, 20], [5, 102 << 12, 20]], 2)
+            assert on.channel.observed_reads(2) == ([[5, 103 << 12, 20]], 0)
+            assert on.channel.observed_reads(2) == ([], 0)
+
+    run(main)
+
+
 def test_a_read_larger_than_was_agreed_is_cut() -> None:
     async def main() -> None:
         async with stage() as on:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Final
 
 from weightfs import mounts
 from weightfs.cli.mounting import status_of
 from weightfs.config import default_state_dir
 from weightfs.errors import BusyError
+
+SCRATCH: Final = "weightfs-record-"
+"""What the name of a folder begins with in which `record` keeps its private mount: that one is nobody's home."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +38,13 @@ class Home:
 def home_of(path: str) -> Home | None:
     """The home of a folder that lies on a mount, or in the source of one; None where it does neither.
 
+    Where it lies in several, the innermost counts.
+
     Raises:
         BusyError: the mount does not answer.
     """
     full = os.path.realpath(path)
-    found = mounts.mounted()
+    found = [one for one in mounts.mounted() if f"/{SCRATCH}" not in one.mountpoint]
     for here in sorted(found, key=lambda one: -len(one.mountpoint)):
         if _is_below(full, here.mountpoint):
             return _home(here, os.path.relpath(full, here.mountpoint))

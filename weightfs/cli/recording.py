@@ -21,7 +21,7 @@ from prefetch.plan import Extent
 from weightfs import model, mounts
 from weightfs.cli.mounting import Json, end, start
 from weightfs.cli.output import emit, human_bytes, printable, reporting
-from weightfs.cli.placing import Home, home_below, home_of
+from weightfs.cli.placing import SCRATCH, Home, home_below, home_of
 from weightfs.config import MountConfig
 from weightfs.control import ask
 from weightfs.errors import UsageError, WeightfsError
@@ -136,7 +136,7 @@ class _Recording:
         inside = [one for one in targets if (one + "/").startswith(home.source.rstrip("/") + "/")]
         self._source = os.path.commonpath([real, *inside])
         self._below = os.path.relpath(real, self._source)
-        self._scratch = tempfile.mkdtemp(prefix="weightfs-record-")
+        self._scratch = tempfile.mkdtemp(prefix=SCRATCH)
         self._mountpoint = os.path.join(self._scratch, os.path.basename(self._source) or "models")
         self._socket = ""
         self._supervisor = 0
