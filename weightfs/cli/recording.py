@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -176,7 +177,11 @@ class _Recording:
         if self._supervisor:
             with contextlib.suppress(WeightfsError):
                 mounts.unmount(self._mountpoint, lazy=True)
-            end(self._supervisor)
+            if not end(self._supervisor):
+                # A mount namespace that was made meanwhile has a copy of the mount, which would keep it alive.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._supervisor, signal.SIGTERM)
+                end(self._supervisor)
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     @contextlib.contextmanager
