@@ -109,6 +109,7 @@ class Predictor:
             model: any name that stays the same.
             at_s: seconds since 1970, finite. One before the last (a clock that was set back) leaves no gap behind.
         """
+        at_s = float(at_s)
         self._start_s = at_s if self._start_s is None else min(self._start_s, at_s)
         past = self._pasts.get(model)
         if past is None:

@@ -18,7 +18,7 @@ import msgspec
 
 from weightfs.errors import IndexStoreError, UnfitError
 from weightfs.index.files import IndexFiles
-from weightfs.index.schema import MIGRATIONS, ROOMS, SCHEMA, Meta, new_epoch
+from weightfs.index.schema import MIGRATIONS, ROOMS, SCHEMA, SPARE, Meta, new_epoch
 from weightfs.index.seals import CorruptIndexError, seal, unseal
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def _migrate(txn: Transaction, rooms: Rooms, meta: Meta) -> Meta:
         step = MIGRATIONS.get(meta.schema)
         if step is None:
             raise CorruptIndexError(f"its schema is {meta.schema}, this version reads {SCHEMA}")
-        for room in ROOMS[1:]:
+        for room in [room for room in ROOMS[1:] if room not in SPARE]:
             with txn.cursor(db=rooms[room]) as cursor:
                 for key, sealed in cursor:
                     kept, value = bytes(key), unseal(room, bytes(key), bytes(sealed))
@@ -182,22 +182,36 @@ def walk(path: str) -> int:
         if os.path.getsize(path) < pages * env.stat()["psize"]:
             raise CorruptIndexError("it is shorter than its pages")
         records = 0
-        for room in ROOMS:
+        present = [room for room in ROOMS if _is_there(env, room)]
+        for room in present:
             handle = env.open_db(room, create=False)
             with env.begin(db=handle) as txn:
                 for key, sealed in txn.cursor():
-                    unseal(room, bytes(key), bytes(sealed))
+                    kept, value = bytes(key), bytes(sealed)
+                    if room not in SPARE:
+                        unseal(room, kept, value)
                     records += 1
     # What lists the free pages is read by writers only: write to every room, more than a page, and take it all back.
     with lmdb.open(
         path, subdir=False, map_size=2 * os.path.getsize(path) + _FIRST_MAP_BYTES, max_dbs=len(ROOMS)
     ) as env:
-        rooms = [env.open_db(room, create=False) for room in ROOMS]
+        rooms = [env.open_db(room, create=False) for room in present]
         txn = env.begin(write=True)
         for handle in rooms:
             txn.put(b"\xff" * 32, bytes(5 * 4096), db=handle)
         txn.abort()
     return records
+
+
+def _is_there(env: lmdb.Environment, room: bytes) -> bool:
+    """Whether the index has a room; one that it must have is taken to be there."""
+    if room not in SPARE:
+        return True
+    try:
+        env.open_db(room, create=False)
+    except lmdb.NotFoundError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -26,9 +26,13 @@ SCHEMA: Final = 1
 MIGRATIONS: Final[Mapping[int, Callable[[bytes, bytes], bytes]]] = {}
 """By schema: from a room's name and a record's encoding to that of the next schema. A step is added with each new
 schema, so that a version takes over from the one before it without any number changing its meaning."""
-ROOMS: Final = (b"meta", b"keys", b"entries", b"files", b"bases")
+ROOMS: Final = (b"meta", b"keys", b"entries", b"files", b"bases", b"history")
 """`meta`: Meta and the next serial. `keys`: inode key -> number. `entries`: number -> EntryRecord. `files`: identity
-and format -> FileRecord. `bases`: first number of a run of views -> identity, path, name."""
+and format -> FileRecord. `bases`: first number of a run of views -> identity, path, name. `history`: see
+`history.py`."""
+SPARE: Final = frozenset({b"history"})
+"""Rooms that an index of this schema may lack, since it was made before them, and whose damage condemns nothing else: a
+version that does not know them opens the index and leaves them alone."""
 ROOT_INODE: Final = 1
 IDENTITY_BYTES: Final = 16
 _SERIAL_BITS: Final = 32
