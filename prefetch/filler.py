@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from prefetch.plan import Extent
-from prefetch.residency import resident_bytes
+from prefetch.residency import is_resident
 from weightfs import linux
 
 log = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class Filler:
         fd = fill.fds[chunk.file]
         if fill.submitted_at is None:
             fill.submitted_at = time.monotonic()
-        if resident_bytes(fd, chunk.offset, chunk.nbytes) >= chunk.nbytes:
+        if is_resident(fd, chunk.offset, chunk.nbytes):
             fill.skipped_bytes += chunk.nbytes
             return
         own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)

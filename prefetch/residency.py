@@ -1,7 +1,7 @@
 """How much of a file is in memory, asked of the backing file: through the mount both calls say something else.
 
-cachestat(2) also counts pages whose read is under way, which is what a filler wants to know: they need not be read
-again. mincore(2), for kernels before 6.5, does not.
+cachestat(2) also counts pages whose read is under way; mincore(2), for kernels before 6.5 and for whoever must be sure,
+does not, and tells the truth to a file's owner only.
 """
 
 from __future__ import annotations
@@ -36,6 +36,21 @@ def resident_bytes(fd: int, offset: int, nbytes: int) -> int:
             raise
         pages = linux.mincore(fd, start, length)
     return min(nbytes, pages * _PAGE)
+
+
+def is_resident(fd: int, offset: int, nbytes: int) -> bool:
+    """Whether a range need not be read: every page is there and up to date.
+
+    A page whose read is under way is not: the kernel takes pages that it did not get to read out of the cache again.
+
+    Raises:
+        OSError: the kernel can't tell.
+    """
+    if resident_bytes(fd, offset, nbytes) < nbytes:
+        return False
+    start = offset // _PAGE * _PAGE
+    length = offset + nbytes - start
+    return linux.mincore(fd, start, length) * _PAGE >= length
 
 
 def resident_of(extents: Iterable[Extent], fds: dict[str, int]) -> int:
