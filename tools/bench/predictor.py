@@ -420,15 +420,22 @@ def _tell(report: Report, trace: str, runs: list[dict[str, Outcome]]) -> None:
         )
     target = 0.8 if trace == "Zipf + diurnal" else None
     for policy in [name for name in runs[0] if name != "oracle"]:
-        share = statistics.median(run[policy].saved_s / run["oracle"].saved_s for run in runs)
         wanted = target if policy == "predictor" else None
-        report.value(f"{trace}: time saved, {policy} by oracle", share, "", wanted, "at least")
-    ahead = statistics.median(run["predictor"].saved_s / run["LRU"].saved_s for run in runs)
-    report.value(f"{trace}: time saved, predictor by LRU", ahead, "", target and 1.0, "at least")
+        _compare(report, trace, runs, policy, "oracle", wanted)
+    _compare(report, trace, runs, "predictor", "LRU", target and 1.0)
     report.extra[trace] = table
     report.settings.setdefault("outcomes", {})[trace] = [
         {policy: asdict(outcome) for policy, outcome in run.items()} for run in runs
     ]
+
+
+def _compare(
+    report: Report, trace: str, runs: list[dict[str, Outcome]], policy: str, other: str, target: float | None
+) -> None:
+    """A row, where the other saved anything."""
+    shares = [run[policy].saved_s / run[other].saved_s for run in runs if run[other].saved_s]
+    if shares:
+        report.value(f"{trace}: time saved, {policy} by {other}", statistics.median(shares), "", target, "at least")
 
 
 if __name__ == "__main__":
