@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-import trio
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,14 +39,3 @@ def choose(models: Iterable[Resident], need_bytes: int) -> list[Resident]:
         chosen.append(model)
         freed += model.nbytes
     return chosen
-
-
-async def evict_file(fd: int, limiter: trio.CapacityLimiter) -> None:
-    """Drop a backing file from the page cache, in a worker thread; `fd` must stay open until this returns.
-
-    Pages that a process has mapped stay, as do locked ones and those not yet written: the kernel passes over them.
-
-    Raises:
-        OSError: the descriptor is no file's.
-    """
-    await trio.to_thread.run_sync(os.posix_fadvise, fd, 0, 0, os.POSIX_FADV_DONTNEED, limiter=limiter)

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from prefetch.eviction import Resident, choose
@@ -50,6 +51,21 @@ class Shelf(Protocol):
         """One of them."""
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A model that was wanted.
+
+    Attributes:
+        key: folder and set.
+        wanted_s: when last.
+        reserved_bytes: of its plan while it is being read, else 0.
+    """
+
+    key: Key
+    wanted_s: float
+    reserved_bytes: int
+
+
 class Occupancy:
     """The memory of one mount's models.
 
@@ -68,27 +84,26 @@ class Occupancy:
         self.evicted_bytes = 0
         self.pin_failure: str | None = None
 
-    def make_room(self, need_bytes: int, models: Iterable[tuple[Key, float]]) -> int:
+    def make_room(self, need_bytes: int, models: Iterable[Wanted]) -> int:
         """Evict until `need_bytes` fit into the budget beside what stays; gives the bytes that are left for them.
 
         Args:
             need_bytes: of the model to come; more than anything can hold: evict all that nobody uses.
-            models: key and time of last use of the others.
+            models: the others. One that is being read counts as what it will be, and stays.
         """
         with self._one, contextlib.ExitStack() as stack:
             opened: dict[str, OpenedModel] = {}
-            wanted_s: dict[str, float] = {}
-            for key, when in models:
+            wanted: dict[str, Wanted] = {}
+            for one in models:
                 try:
-                    model = self._shelf.open(*key)
+                    model = self._shelf.open(*one.key)
                 except OSError as e:
-                    log.debug("can't measure %s: %s", key, e)
+                    log.debug("can't measure %s: %s", one.key, e)
                     continue
                 if model is not None:
                     stack.callback(model.close)
-                    name = repr(key)
-                    opened[name], wanted_s[name] = model, when
-            held = {name: resident_of_model(model) for name, model in opened.items()}
+                    opened[repr(one.key)], wanted[repr(one.key)] = model, one
+            held = {name: max(wanted[name].reserved_bytes, resident_of_model(model)) for name, model in opened.items()}
             excess = sum(held.values()) + need_bytes - self.budget_bytes
             if excess <= 0:
                 return need_bytes
@@ -99,19 +114,19 @@ class Occupancy:
                     Resident(
                         key=name,
                         nbytes=held[name],
-                        last_wanted_s=wanted_s[name],
-                        in_use=bool(model.keys & usage.in_use),
+                        last_wanted_s=wanted[name].wanted_s,
+                        in_use=wanted[name].reserved_bytes > 0 or bool(model.keys & usage.in_use),
                         pinned=name in pinned,
                     )
                     for name, model in opened.items()
                 ),
                 excess,
             )
-            for one in choice:
-                freed = one.nbytes - drop_model(opened[one.key])
-                held[one.key] -= freed
+            for chosen in choice:
+                freed = chosen.nbytes - drop_model(opened[chosen.key])
+                held[chosen.key] -= freed
                 self.evicted_bytes += freed
-                log.info("evicted %s: %d bytes", one.key, freed)
+                log.info("evicted %s: %d bytes", chosen.key, freed)
             return max(0, min(need_bytes, self.budget_bytes - sum(held.values())))
 
     def pin(self, key: Key, plan: Plan, opened: OpenedModel) -> None:

@@ -14,12 +14,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import trio
 
 from prefetch.filler import Fill, Filler, FillerConfig, cut
-from prefetch.occupancy import Key, Occupancy, OpenedModel, Shelf, drop_model, resident_of_model
+from prefetch.occupancy import Key, Occupancy, OpenedModel, Shelf, Wanted, drop_model, resident_of_model
 from prefetch.plan import Extent, Layer, Plan, plan_of, whole_file_plan
 from prefetch.pressure import Pressure, Reason
 from prefetch.residency import resident_of
@@ -28,6 +28,8 @@ from prefetch.walkers import COPIERS, Walkers, process_of
 from weightfs.formats import format_of
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 WARM: Final = "warm"
 """The trigger of what was asked for, not opened."""
@@ -39,6 +41,7 @@ _REMEMBERED: Final = 4096
 _PRESSURE_S: Final = 0.25
 _SAMPLE_S: Final = 0.05
 _RESIDENT_S: Final = 2.0
+_LOOK_S: Final = 0.25
 _SHOWN: Final = 32
 _EVERYTHING: Final = 1 << 62
 _TOKENIZERS: Final = ("tokenizer.", "tokenizer_config.", "vocab.", "spiece.", "sentencepiece.")
@@ -95,8 +98,8 @@ class Standing:
 
     @property
     def is_active(self) -> bool:
-        """Whether it is being read."""
-        return self.fill is not None and not self.fill.ended.is_set()
+        """Whether it is being read, or about to be."""
+        return self.fill is None or not self.fill.ended.is_set()
 
     def document(self) -> dict[str, Any]:
         """Its progress."""
@@ -134,6 +137,7 @@ class Scheduler:
         self._measuring = threading.Lock()
         self._opened: dict[Standing, OpenedModel] = {}  # what is being read; under `_measuring`
         self._resident: tuple[float, list[dict[str, Any]]] = -_RESIDENT_S, []
+        self._looking = threading.Lock()
         self._recent: OrderedDict[tuple[bytes, int], float] = OrderedDict()
         self._lock = threading.Lock()
         self._models: OrderedDict[tuple[bytes, str], Standing] = OrderedDict()
@@ -145,7 +149,7 @@ class Scheduler:
         """Work off triggers until cancelled."""
         try:
             async with trio.open_nursery() as nursery, self._receive:
-                nursery.start_soon(self._yield_to_pressure)
+                nursery.start_soon(self._yield_to_pressure, nursery)
                 nursery.start_soon(self._sample)
                 async for path, process in self._receive:
                     token = object()
@@ -162,7 +166,7 @@ class Scheduler:
         finally:
             self._limiter.release_on_behalf_of(token)
 
-    async def _yield_to_pressure(self) -> None:
+    async def _yield_to_pressure(self, nursery: trio.Nursery) -> None:
         """Halt while memory is short, and give back what nobody uses."""
         with Pressure() as pressure:
             while True:
@@ -171,22 +175,25 @@ class Scheduler:
                 if found is not None and self._halted is None:
                     log.warning("prefetch halts: %s", found.detail)
                     self._filler.halt(True)
-                    with self._lock:
-                        idle = [(one.key, one.wanted_s) for one in self._models.values() if not one.is_active]
-                    await trio.to_thread.run_sync(
-                        self._occupancy.make_room, _EVERYTHING, idle, limiter=self._limiter, abandon_on_cancel=True
-                    )
+                    nursery.start_soon(self.in_thread, self._empty)
                 elif found is None and self._halted is not None:
                     log.info("prefetch goes on")
                     self._filler.halt(False)
                 self._halted = found
+
+    def _empty(self) -> None:
+        self._occupancy.make_room(_EVERYTHING, self._others(None))
+
+    async def in_thread(self, function: Callable[[], T]) -> T:
+        """Do what may wait for the source, beside few others of its kind."""
+        return await trio.to_thread.run_sync(function, limiter=self._limiter, abandon_on_cancel=True)
 
     async def _sample(self) -> None:
         """Tell the timeline how much of each layer there is, while models are read."""
         while True:
             await trio.sleep(_SAMPLE_S)
             if self._opened:
-                await trio.to_thread.run_sync(self._measure, limiter=self._limiter, abandon_on_cancel=True)
+                await self.in_thread(self._measure)
 
     def _measure(self, only: Standing | None = None) -> None:
         with self._measuring:
@@ -231,11 +238,11 @@ class Scheduler:
     def _trigger(self, path: bytes, process: int) -> None:
         """Find what a path speaks of and begin to read it. In a worker thread."""
         with self._lock:
-            walks = self._walkers.is_walking(process, os.path.dirname(path), time.monotonic())
+            walks = self._walkers.is_walking(process, path, time.monotonic())
             begun = [one for one in self._models.values() if one.process == process and one.is_active] if walks else []
         for one in begun:
-            assert one.fill is not None
-            self._filler.cancel(one.fill, "whoever opened it goes through the whole library")
+            if one.fill is not None:
+                self._filler.cancel(one.fill, "whoever opened it goes through the whole library")
         if walks:
             self.walks += 1
             return
@@ -267,6 +274,20 @@ class Scheduler:
         opened = self._shelf.open(*key)
         if opened is None:
             return None
+        try:
+            return self._read(key, opened, trigger, process, layers)
+        except BaseException:
+            opened.close()
+            with self._lock:
+                if (left := self._models.get(key)) is not None and left.fill is None:
+                    del self._models[key]
+            raise
+
+    def _read(
+        self, key: Key, opened: OpenedModel, trigger: str, process: int, layers: Collection[str] | None
+    ) -> Standing:
+        """Plan an opened model, which is this method's from now on unless it raises, and begin to read it."""
+        now = time.monotonic()
         if self._config.mode == "whole":
             plan = whole_file_plan(opened.layout, opened.sizes)
         else:
@@ -275,7 +296,7 @@ class Scheduler:
         wanted = [layer for layer in plan.layers if layers is None or layer.label in layers]
         with self._lock:
             again = self._models.get(key)
-            if again is not None and again is not known and again.is_active:  # two triggers at once
+            if again is not None and layers is None and again.is_active:  # two triggers at once
                 opened.close()
                 return again
             load = self._timeline.begin(
@@ -287,12 +308,11 @@ class Scheduler:
             self._models.move_to_end(key)
             while len(self._models) > _REMEMBERED:
                 self._models.popitem(last=False)
-            others = [one for one in self._models.values() if one is not standing]
+            planned = sum(one.plan.nbytes for one in self._models.values())
         need = sum(layer.nbytes for layer in wanted)
-        if sum(one.plan.nbytes for one in others) + need <= self._config.budget_bytes:
-            left = need  # even if all of them were in memory; to measure them takes longer than a trigger may
-        else:
-            left = self._occupancy.make_room(need, [(one.key, one.wanted_s) for one in others])
+        left = need
+        if planned > self._config.budget_bytes:  # only then are all measured: it takes longer than a trigger may
+            left = self._occupancy.make_room(need, self._others(standing))
         affordable = _first_of(wanted, left)
         labels = {layer.label for layer in affordable}
 
@@ -315,6 +335,14 @@ class Scheduler:
         self._filler.start(fill)
         self._measure(standing)
         return standing
+
+    def _others(self, standing: Standing | None) -> list[Wanted]:
+        with self._lock:
+            return [
+                Wanted(one.key, one.wanted_s, one.plan.nbytes if one.is_active else 0)
+                for one in self._models.values()
+                if one is not standing
+            ]
 
     # On request; in worker threads
 
@@ -375,20 +403,30 @@ class Scheduler:
         return self._timeline.document()
 
     def resident(self) -> list[dict[str, Any]]:
-        """`residency` of the models wanted last, a few seconds old at most. May wait for the source."""
-        at_s, found = self._resident
-        if time.monotonic() - at_s >= _RESIDENT_S:
+        """`residency` of the models wanted last, older than a few seconds only where the source does not answer.
+
+        Callable from any thread, and waits a moment at most: whoever asks how a mount is must hear of it even then.
+        """
+        at_s, _ = self._resident
+        if time.monotonic() - at_s >= _RESIDENT_S and self._looking.acquire(blocking=False):
+            looked = threading.Event()
+            threading.Thread(target=self._look, args=(looked,), name="residency", daemon=True).start()
+            looked.wait(_LOOK_S)
+        return self._resident[1]
+
+    def _look(self, looked: threading.Event) -> None:
+        try:
             with self._lock:
                 keys = [one.key for one in list(self._models.values())[-_SHOWN:]]
-            try:
-                found = self._residency_of(keys)
-            except OSError as e:
-                log.debug("residency is not known: %s", e.strerror)
-            self._resident = time.monotonic(), found
-        return found
+            self._resident = time.monotonic(), self._residency_of(keys)
+        except OSError as e:
+            log.debug("residency is not known: %s", e.strerror)
+        finally:
+            self._looking.release()
+            looked.set()
 
     def status(self) -> dict[str, Any]:
-        """The live state. May wait for the source; callable from any thread."""
+        """The live state. Callable from any thread."""
         with self._lock:
             standing = list(self._models.values())
         return {

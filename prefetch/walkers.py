@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import OrderedDict
 from typing import Final
 
 WINDOW_S: Final = 10.0
 MODELS: Final = 3
 """A process that opens more models than this within the window loads none of them."""
+PIPELINE: Final = b"model_index.json"
 _PROCESSES: Final = 1024
 COPIERS: Final = frozenset(
     {"borg", "cat", "cp", "dd", "duplicity", "find", "grep", "kopia", "md5sum", "rclone", "restic", "rg", "rsync",
@@ -21,10 +23,22 @@ class Walkers:
     """Processes and the models each opened of late."""
 
     def __init__(self) -> None:
+        self._pipelines: OrderedDict[bytes, None] = OrderedDict()
         self._opened: OrderedDict[int, dict[bytes, float]] = OrderedDict()
 
-    def is_walking(self, process: int, folder: bytes, now_s: float) -> bool:
-        """Note that a process opened something of the model in `folder`; whether it goes through the library."""
+    def is_walking(self, process: int, path: bytes, now_s: float) -> bool:
+        """Note that a process opened a file of a model; whether it goes through the library.
+
+        A model has a folder, but for diffusers' pipelines: what lies in folders beside a `model_index.json` is one.
+        """
+        folder, name = os.path.split(path)
+        if name == PIPELINE:
+            self._pipelines[folder] = None
+            self._pipelines.move_to_end(folder)
+            if len(self._pipelines) > _PROCESSES:
+                self._pipelines.popitem(last=False)
+        if (above := os.path.dirname(folder)) in self._pipelines:
+            folder = above
         models = self._opened.setdefault(process, {})
         self._opened.move_to_end(process)
         if len(self._opened) > _PROCESSES:

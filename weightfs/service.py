@@ -425,7 +425,7 @@ class Service:
                 call = functools.partial(self._prefetch.evict, below)
             case _:
                 call = functools.partial(self._prefetch.residency, below)
-        return {"models": await trio.to_thread.run_sync(call, abandon_on_cancel=True)}
+        return {"models": await self._prefetch.in_thread(call)}
 
     async def _control_crawl(self, request: Mapping[str, Any], peer: Peer) -> dict[str, Any]:
         assert self._indexer is not None

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
-import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefetch.eviction import Resident, choose, evict_file
+from prefetch.eviction import Resident, choose
+from prefetch.residency import drop
 from tests.helpers.page_cache import resident_bytes
 
 MODELS = st.lists(
@@ -49,13 +49,6 @@ def test_of_two_wanted_at_once_the_larger_goes() -> None:
     assert choose([small, large], 1) == [large]
 
 
-def evict(fd: int) -> None:
-    async def run() -> None:
-        await evict_file(fd, trio.CapacityLimiter(1))
-
-    trio.run(run)
-
-
 @pytest.fixture
 def cached(tmp_path: Path) -> Path:
     """4 MiB, written to the disk and resident."""
@@ -69,7 +62,7 @@ def cached(tmp_path: Path) -> Path:
 
 def test_a_file_leaves_the_page_cache(cached: Path) -> None:
     with cached.open("rb") as file:
-        evict(file.fileno())
+        drop(file.fileno())
     assert resident_bytes(cached) == 0
 
 
@@ -77,13 +70,13 @@ def test_what_is_mapped_stays(cached: Path) -> None:
     """The kernel's own guard: a user that nobody saw loses nothing that it has touched."""
     with cached.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
         assert mapped[: 4 << 20]
-        evict(file.fileno())
+        drop(file.fileno())
         assert resident_bytes(cached) == 4 << 20
 
 
 def test_no_file(cached: Path) -> None:
     reader, writer = os.pipe()
     with pytest.raises(OSError, match="Illegal seek"):
-        evict(reader)
+        drop(reader)
     os.close(reader)
     os.close(writer)

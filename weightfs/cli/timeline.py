@@ -8,10 +8,11 @@ from typing import Annotated, Any, Final
 import typer
 
 from weightfs.cli import waterfall
-from weightfs.cli.mounting import Json, find, status_of
+from weightfs.cli.mounting import Json, find
 from weightfs.cli.output import emit, human_bytes, printable, reporting, say
+from weightfs.cli.placing import control_socket
 from weightfs.control import ask
-from weightfs.errors import BusyError, WeightfsError
+from weightfs.errors import WeightfsError
 
 _ANSWER_S: Final = 10.0
 _BAR: Final = 40
@@ -28,12 +29,7 @@ def timeline(
     """
     with reporting(as_json=as_json):
         here = find(mountpoint)
-        said = status_of(here)
-        if said is None:
-            raise BusyError("the mount does not answer", path=here.mountpoint)
-        if (socket := said.get("control_socket")) is None:
-            raise WeightfsError("the mount has no control socket", path=here.mountpoint, mend="see the daemon's log")
-        document = ask(socket, {"command": "timeline"}, _ANSWER_S)
+        document = ask(control_socket(here), {"command": "timeline"}, _ANSWER_S)
         if html is not None:
             _write(html, waterfall.page(document, here.mountpoint))
         if as_json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -14,8 +13,9 @@ import typer
 from weightfs import mounts
 from weightfs.cli.mounting import Json
 from weightfs.cli.output import emit, fail, human_bytes, printable, reporting, say
+from weightfs.cli.placing import control_socket, is_below
 from weightfs.control import ask
-from weightfs.errors import BusyError, WeightfsError
+from weightfs.errors import WeightfsError
 from weightfs.sizes import parse_layers
 
 _ANSWER_S: Final = 35.0
@@ -105,24 +105,15 @@ def _place(path: str) -> tuple[str, str]:
     """The control socket of the mount that a path lies on, and the path below the mountpoint.
 
     Raises:
-        WeightfsError: it lies on none, or that does not answer.
+        WeightfsError: it lies on none, or that can't be asked.
     """
     # Not realpath of the whole: a link that a loader follows has the name it knows.
     above, last = os.path.split(os.path.abspath(path))
     full = os.path.join(os.path.realpath(above), last)
     for here in sorted(mounts.mounted(), key=lambda one: -len(one.mountpoint)):
-        if full == here.mountpoint or full.startswith(here.mountpoint.rstrip("/") + "/"):
-            break
-    else:
-        raise WeightfsError("lies on no weightfs mount", path=path, mend="weightfs status shows the mounts there are")
-    try:
-        with open(os.path.join(here.mountpoint, ".weightfs", "status.json"), encoding="utf-8") as file:
-            socket = json.load(file).get("control_socket")
-    except (OSError, ValueError) as e:
-        raise BusyError("the mount does not answer", path=here.mountpoint) from e
-    if socket is None:
-        raise WeightfsError("the mount has no control socket", path=here.mountpoint, mend="see the daemon's log")
-    return socket, os.path.relpath(full, here.mountpoint) if full != here.mountpoint else ""
+        if is_below(full, here.mountpoint):
+            return control_socket(here), os.path.relpath(full, here.mountpoint) if full != here.mountpoint else ""
+    raise WeightfsError("lies on no weightfs mount", path=path, mend="weightfs status shows the mounts there are")
 
 
 def _ask(socket: str, request: dict[str, Any], path: str) -> list[dict[str, Any]]:
