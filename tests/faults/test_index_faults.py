@@ -68,9 +68,10 @@ def overwrite(path: str, data: bytes) -> None:
         file.write(data)
 
 
-def zero_the_middle(path: str) -> None:
+def zero_a_page(path: str) -> None:
+    """One that holds a record: a page that is free would be no damage."""
     with open(path, "r+b") as file:
-        file.seek(os.path.getsize(path) // 2)
+        file.seek(file.read().rfind(b".weight") // 4096 * 4096)
         file.write(bytes(4096))
 
 
@@ -104,7 +105,7 @@ DAMAGES: dict[str, Callable[[str], None]] = {
     "text": lambda path: overwrite(path, b"not an index\n"),
     "cut in half": lambda path: os.truncate(path, os.path.getsize(path) // 2),
     "cut to a page": lambda path: os.truncate(path, 4096),
-    "a page zeroed": zero_the_middle,
+    "a page zeroed": zero_a_page,
     "meta pages garbled": garble_the_meta_pages,
     "a folder in its place": put_a_folder_there,
 }
