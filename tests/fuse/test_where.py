@@ -20,6 +20,8 @@ from tests.helpers.namespaces import Namespace, idmapped
 from tests.helpers.users import User, as_user
 from weightfs import linux
 
+pytestmark = pytest.mark.alone  # a mount namespace keeps copies of the mounts of other tests
+
 MIB = 1 << 20
 TENSORS = every_dtype()
 
@@ -223,8 +225,6 @@ def test_a_reader_in_a_memory_group_pays_for_its_own_pages(tmp_path: Path, mount
     mount = mounter(f"{tmp_path}/source", "passthrough")
     code = """
 import os, sys
-
-pytestmark = pytest.mark.alone  # a mount namespace keeps copies of the mounts of other tests
 open(sys.argv[1] + "/cgroup.procs", "w").write(str(os.getpid()))
 fd = os.open(sys.argv[2], os.O_RDONLY)
 got = 0
