@@ -16,6 +16,9 @@ from weightfs.views import Views
 
 _FOLDER_BITS: Final = 0o555
 _DIRECTORY_BYTES: Final = 4096
+_TEXT_BYTES: Final = 256 << 10
+"""What a live text says is its size. Readers that go by it ask for all of a text at once, whatever its length is by
+then; a text that is read in two parts would lack its end if another daemon took over in between."""
 
 
 class Virtual:
@@ -90,7 +93,7 @@ class Virtual:
             mtime_ns = await self._asking.wait(self._views.library.last_change_ns, folder, name)
         uid, gid, size = entry.uid, entry.gid, _DIRECTORY_BYTES
         if is_text:
-            mode, size = stat.S_IFREG | READABLE_BITS, len(self._texts[node.name]())
+            mode, size = stat.S_IFREG | READABLE_BITS, _TEXT_BYTES
         elif node.kind is Kind.VIEW_ROOT:
             mode = stat.S_IFDIR | (entry.mode & _FOLDER_BITS)
         else:
