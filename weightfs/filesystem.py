@@ -299,7 +299,8 @@ class Filesystem:
             os.close(fd)
             raise StaleError("it has changed unseen", path=os.fsdecode(path))
         promise = entry.size, entry.mtime_ns
-        self._open_files.serve(inode, fd, lambda: (WholeFile(self._source, path, fd, promise), fd))
+        if not self._open_files.serve(inode, fd, lambda: (WholeFile(self._source, path, fd, promise), fd)):
+            self._open_files.renew(inode, promise)
         self.wanted(path, thread)
         return Opened(keep_cache=self._open_files.is_cached(inode, entry.identity))
 

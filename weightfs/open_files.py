@@ -23,10 +23,11 @@ class OpenFiles:
         self._handles = handles
         self._cached_identity: OrderedDict[int, bytes] = OrderedDict()
 
-    def serve(self, inode: int, fd: int, make: Callable[[], tuple[Readable, int | None]]) -> None:
+    def serve(self, inode: int, fd: int, make: Callable[[], tuple[Readable, int | None]]) -> bool:
         """Attach what `make` gives to an inode, unless it has something already or no handle any more.
 
-        `fd` becomes the property of what `make` makes of it, and is closed where that is not wanted.
+        `fd` becomes the property of what `make` makes of it, and is closed where that is not wanted; gives whether it
+        was.
         """
         made = []
 
@@ -37,6 +38,13 @@ class OpenFiles:
         self._handles.attach(inode, once)
         if not made:  # open already, or given up meanwhile
             os.close(fd)
+        return bool(made)
+
+    def renew(self, inode: int, promise: tuple[int, int]) -> None:
+        """An inode that is open already was opened anew, and found to have this size and mtime."""
+        opened = self._handles.get(inode)
+        if opened is not None and isinstance(opened.readable, WholeFile):
+            opened.readable.renew(promise)
 
     def stat(self, inode: int) -> SourceStat | None:
         """What an open inode's file is now, whatever its name means; None where it is not open or has no file."""

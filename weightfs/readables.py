@@ -34,20 +34,28 @@ class WholeFile:
         self.fd = fd
         self.promise = promise
         self._source = source
-        self._promised, self._mtime_ns = promise
+        self._first = promise
+
+    def renew(self, promise: tuple[int, int]) -> None:
+        """The file was opened anew, after it had been cut, say: what that open found is what readers may expect.
+
+        Whoever had it open before is then told of the file's end as it is, as on the bare file.
+        """
+        self.promise = promise
 
     def in_page_cache(self, offset: int, nbytes: int) -> Place | None:
         """See `Readable`. The end, and a file that has shrunk, are left to `read_into`."""
-        return Place(self.fd, offset, nbytes) if offset + nbytes <= self._promised else None
+        return Place(self.fd, offset, nbytes) if offset + nbytes <= self.promise[0] else None
 
     def read_into(self, handle: int, buffer: memoryview, offset: int) -> int:
-        """See `Readable`. Ends where the file ends now, but never before the size it had when it was opened."""
+        """See `Readable`. Ends where the file ends now, but never before the size it had at its last open."""
         filled = _fill(self.fd, buffer, offset)
-        if filled < len(buffer) and offset + filled < self._promised:
+        promised, mtime_ns = self.promise
+        if filled < len(buffer) and offset + filled < promised:
             now = self._source.fstat(self.fd)
-            if now.size < self._promised:
-                raise StaleError(f"was cut from {self._promised} to {now.size} bytes while it was open")
-            if now.mtime_ns != self._mtime_ns:
+            if now.size < promised:
+                raise StaleError(f"was cut from {promised} to {now.size} bytes while it was open")
+            if now.mtime_ns != mtime_ns:
                 raise StaleError("was cut, and has grown again, while it was read")
             raise ShortReadError(f"gave {filled} of {len(buffer)} bytes at {offset}, well before its end")
         return filled
@@ -55,7 +63,7 @@ class WholeFile:
     def has_changed(self) -> bool:
         """Whether the file was written to since it was opened. Handles see the new bytes, as on the bare file."""
         now = self._source.fstat(self.fd)
-        return (now.size, now.mtime_ns) != (self._promised, self._mtime_ns)
+        return (now.size, now.mtime_ns) != self._first
 
     def forget(self, handle: int) -> None:
         """See `Readable`."""

@@ -22,6 +22,18 @@ def read(path: str) -> bytes:
 
 
 @both_engines
+def test_a_file_cut_while_one_has_it_open_is_opened_by_another(tmp_path: Path, mounter: Mounter, engine: str) -> None:
+    path = write(str(tmp_path / "source" / "file"), bytes(range(256)) * 100)
+    mount = mounter(str(tmp_path / "source"), engine)
+    with open(mount.path("file"), "rb", buffering=0) as early:
+        assert len(early.read(10)) == 10
+        os.truncate(path, 1000)
+        wait_until(lambda: os.stat(mount.path("file")).st_size == 1000, "the cut shows")
+        with open(mount.path("file"), "rb", buffering=0) as late:
+            assert late.readall() == (bytes(range(256)) * 4)[:1000]
+
+
+@both_engines
 def test_new_files_and_folders_appear(tmp_path: Path, mounter: Mounter, engine: str) -> None:
     source = str(tmp_path)
     write(f"{source}/first", b"1")

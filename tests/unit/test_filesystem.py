@@ -194,7 +194,8 @@ def test_a_real_entry_of_that_name_wins(fs: Filesystem, root: str, name: str) ->
 
 def test_live_state(fs: Filesystem) -> None:
     status = find(fs, ".weightfs/status.json")
-    assert (status.mode, status.size) == (stat.S_IFREG | 0o444, 3)
+    assert status.mode == stat.S_IFREG | 0o444
+    assert status.size >= 3, "a bound: who goes by it gets the text in one READ"
     with pytest.raises(NotFoundError):
         find(fs, ".weightfs/none")
     with pytest.raises(NotFoundError):

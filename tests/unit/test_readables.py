@@ -75,6 +75,21 @@ def test_a_file_cut_while_it_is_open_is_stale_where_it_is_gone(source: OddSource
     file.close()
 
 
+def test_a_file_cut_and_opened_anew_ends_where_it_ends(source: OddSource, tmp_path: Path) -> None:
+    file = whole(source)
+    os.truncate(tmp_path / "file", 1000)
+    now = source.lstat(b"file")
+    file.renew((now.size, now.mtime_ns))
+    assert read(file, 0, 4096) == DATA[:1000]
+    assert read(file, 1000, 1) == b""
+    assert file.in_page_cache(0, 1001) is None
+    assert file.has_changed(), "since the first open, which may last"
+    os.truncate(tmp_path / "file", 10)
+    with pytest.raises(StaleError, match="was cut from 1000 to 10 bytes"):
+        read(file, 0, 1000)
+    file.close()
+
+
 def test_a_file_that_grows_gives_what_is_there_now(source: OddSource, tmp_path: Path) -> None:
     file = whole(source)
     assert not file.has_changed()
