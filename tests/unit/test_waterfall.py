@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from prefetch.timeline import Timeline
 from tests.helpers.timelines import BLOCKS, MIB, STRANGE, cold_load, sample_document
 from weightfs import mounts
+from weightfs.cli import placing, waterfall
 from weightfs.cli import timeline as command
-from weightfs.cli import waterfall
 from weightfs.cli.main import app
 
 
@@ -97,7 +97,7 @@ def test_page_of_no_loads() -> None:
 def answering(monkeypatch: pytest.MonkeyPatch) -> None:
     here = mounts.Mounted(mountpoint="/models", source="/srv", device="0:50")
     monkeypatch.setattr(command, "find", lambda _: here)
-    monkeypatch.setattr(command, "status_of", lambda _: {"control_socket": "/run/control"})
+    monkeypatch.setattr(placing, "status_of", lambda _: {"control_socket": "/run/control"})
 
     def ask(path: str, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         assert (path, request) == ("/run/control", {"command": "timeline"})
