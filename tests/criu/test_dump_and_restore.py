@@ -93,6 +93,7 @@ def test_a_listener_answers_again(tmp_path: Path, images: str) -> None:
         assert asked(port) == b"WARM"
         options = options_for(tree_of(server.pid))
         dump(the_criu(), server.pid, images, options, 60)
+        assert server.process.wait(10) == -signal.SIGKILL  # else its parent keeps the pid taken
         with pytest.raises(ConnectionRefusedError):
             asked(port)
         restore(the_criu(), images, restore_options_of(options), 60)
