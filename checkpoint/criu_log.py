@@ -19,6 +19,7 @@ Kind = Literal["target", "failed", "misfit", "corrupt", "retry", "pid"]
 _ERROR: Final = re.compile(r"Error \([^)]*\): (?P<text>.*)")
 _HARMLESS: Final = re.compile(r"rlimit: Can't setup RLIMIT_NOFILE|Will be killed")
 _SOCKET: Final = re.compile(r"inet: \s*Restore: .*\bport (?P<port>\d+) .*\bsrc_addr (?P<address>\S+)")
+_FILE: Final = re.compile(r"Dumping path for -?\d+ fd via self \d+ \[(.+)\]")
 _BUSY_FD: Final = re.compile(r"Unable to open fd=(?P<fd>\d+) id=")
 _DUMPED_PID: Final = re.compile(r"Dump (?:files|mappings) \(pid: (?P<pid>\d+)\) failed|Collect mappings \(pid: (\d+)\)")
 _RESTORED_PID: Final = re.compile(r"^\([\d.]+\)\s+(?P<pid>\d+): Error ")
@@ -93,6 +94,12 @@ DUMP_RULES: Final = (
         "target",
         "process {pid} uses a file whose name is gone, and its folder can't be written to",
         "start the program anew, so that it uses files that are there",
+    ),
+    _rule(
+        r"Unaccessible path opened \S+, need \S+",
+        "target",
+        "process {pid} uses {file}, and another file is found under that name, which replaced it or hides it",
+        "umount what hides it, or start the program anew",
     ),
     _rule(
         r"Can't lookup mount=(?P<mount>-?\d+) for fd=(?P<fd>-?\d+) path=(?P<path>.+)",
@@ -345,6 +352,10 @@ class _Context:
                 return "mapped"
         return "open"
 
+    def file(self) -> str:
+        """The last file that was looked at."""
+        return self._before(_FILE) or "a file"
+
     def address(self) -> str:
         """Of the socket that was being restored."""
         for line in reversed(self.lines[: self.number]):
@@ -367,6 +378,7 @@ def _error(rule: Rule, found: re.Match[str], context: _Context, tail: str) -> Ch
     known: dict[str, Callable[[], str]] = {
         "pid": context.pid,
         "use": context.use,
+        "file": context.file,
         "address": context.address,
     }
     for name, value in known.items():
