@@ -79,6 +79,11 @@ class Helper:
         """Its process."""
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        """It can be asked: it neither ended nor missed a deadline."""
+        return self._process.poll() is None and self._socket.fileno() >= 0
+
     def ask(self, request: Request, timeout_s: float) -> Answer:
         """One call into the driver.
 
