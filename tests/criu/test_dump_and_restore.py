@@ -1,0 +1,79 @@
+"""Real processes, dumped and restored through checkpoint.criu."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+from pathlib import Path
+
+import pytest
+
+from checkpoint.criu import DumpOptions, dump, options_for, restore, restore_options_of
+from checkpoint.errors import CriuError, RetryError, TargetError
+from checkpoint.processes import tree_of
+from tests.helpers.targets import needs_criu, target, the_criu
+
+pytestmark = needs_criu
+
+COUNTER = """
+ballast = bytearray(os.urandom(1 << 20)) * 20
+count = 0
+while True:
+    count += 1
+    tell(f"{count} {hash(bytes(ballast))}")
+    wait()
+"""
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> str:
+    folder = tmp_path / "images"
+    folder.mkdir(mode=0o700)
+    return str(folder)
+
+
+def test_goes_on_where_it_was(tmp_path: Path, images: str) -> None:
+    with target(COUNTER, tmp_path) as counter:
+        first = counter.said()
+        tree = tree_of(counter.pid)
+        options = options_for(tree)
+        dump(the_criu(), counter.pid, images, options, 60)
+        assert counter.process.wait(10) == -signal.SIGKILL
+        assert restore(the_criu(), images, restore_options_of(options), 60) == counter.pid
+        second = counter.ask()
+        assert first.split()[0] == "1"
+        assert second.split() == ["2", first.split()[1]]
+        again = tree_of(counter.pid)[0]
+        assert (again.cmdline, again.exe, again.cwd) == (tree[0].cmdline, tree[0].exe, tree[0].cwd)
+
+
+def test_images_are_for_their_owner_only(tmp_path: Path, images: str) -> None:
+    with target(COUNTER, tmp_path) as counter:
+        counter.said()
+        dump(the_criu(), counter.pid, images, DumpOptions(), 60)
+    modes = {name: stat.S_IMODE(os.stat(f"{images}/{name}").st_mode) for name in os.listdir(images)}
+    assert modes
+    assert not any(mode & 0o077 for mode in modes.values()), modes
+    assert not [name for name in modes if not name.endswith(".img")], "logs and figures are kept elsewhere"
+
+
+def test_left_running(tmp_path: Path, images: str) -> None:
+    with target(COUNTER, tmp_path) as counter:
+        counter.said()
+        dump(the_criu(), counter.pid, images, DumpOptions(leave_running=True), 60)
+        assert counter.ask().split()[0] == "2"
+        with pytest.raises(RetryError, match=r"pid"):
+            restore(the_criu(), images, restore_options_of(DumpOptions()), 60)
+        assert counter.ask().split()[0] == "3"
+
+
+def test_no_such_process(images: str) -> None:
+    with pytest.raises(TargetError, match="no process 4194304"):
+        dump(the_criu(), 4_194_304, images, DumpOptions(), 60)
+
+
+def test_images_that_are_none(tmp_path: Path, images: str) -> None:
+    with pytest.raises(CriuError) as caught:
+        restore(the_criu(), images, restore_options_of(DumpOptions()), 60)
+    assert "inventory" in caught.value.log

@@ -1,0 +1,116 @@
+"""Processes to be dumped and restored: Python programs of a few lines that show, through a file, that they live."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from checkpoint.criu import Criu, find_criu
+from checkpoint.errors import MisfitError
+from checkpoint.processes import start_ticks
+from tests.helpers.mounting import wait_until
+
+PRELUDE = """
+import mmap, os, signal, socket, sys, threading, time
+told = sys.argv[1]
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+def tell(text):
+    with open(told + ".new", "w") as file:
+        file.write(str(text))
+    os.rename(told + ".new", told)
+def wait():
+    signal.sigwait({signal.SIGUSR1})
+"""
+"""`tell` shows something in the file, `wait` returns when it is asked again: see `Target.ask`."""
+
+
+def _criu() -> Criu | None:
+    try:
+        return find_criu()
+    except MisfitError:
+        return None
+
+
+CRIU = _criu()
+needs_criu = pytest.mark.skipif(CRIU is None, reason="this machine lacks CRIU 4.1 or later that works")
+
+
+def the_criu() -> Criu:
+    assert CRIU is not None
+    return CRIU
+
+
+class Target:
+    """A running program, before a dump and after a restore."""
+
+    def __init__(self, process: subprocess.Popen[bytes], told: str) -> None:
+        self.process = process
+        self.pid = process.pid
+        self.told = told
+
+    def said(self, *, timeout_s: float = 20) -> str:
+        """What it told last; waits for it."""
+        wait_until(lambda: os.path.exists(self.told), "the target tells something", timeout_s=timeout_s)
+        return Path(self.told).read_text()
+
+    def ask(self) -> str:
+        """Have it go on from `wait`, and give what it tells next."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.told)
+        os.kill(self.pid, signal.SIGUSR1)
+        return self.said()
+
+    def lives(self) -> bool:
+        return start_ticks(self.pid) is not None
+
+
+@contextmanager
+def target(
+    body: str,
+    tmp_path: Path,
+    *arguments: str,
+    stdout: int | None = subprocess.DEVNULL,
+    pass_fds: tuple[int, ...] = (),
+    prefix: tuple[str, ...] = (),
+    session: bool = True,
+) -> Iterator[Target]:
+    """Run `PRELUDE` and `body`, whose arguments are the file it tells things in and `arguments`; it ends afterwards."""
+    told = str(tmp_path / "told")
+    process = subprocess.Popen(
+        [*prefix, sys.executable, "-c", PRELUDE + body, told, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=subprocess.DEVNULL,
+        start_new_session=session,
+        pass_fds=pass_fds,
+    )
+    with process:
+        found = Target(process, told)
+        try:
+            yield found
+        finally:
+            end(found.pid)
+
+
+def end(pid: int) -> None:
+    """Kill a process that need not be a child, and wait until it is gone or only waits to be waited for."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    ends = time.monotonic() + 10
+    while time.monotonic() < ends:
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rsplit(")", 1)[1].split()[0] in "ZX":
+                    return
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        time.sleep(0.01)
