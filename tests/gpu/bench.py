@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from checkpoint.cuda_helper import Helper
+from checkpoint.cuda_channel import Helper
+from checkpoint.cuda_helper import REAL_DRIVER
 from checkpoint.cuda_program import Request
 
 CHILD = Path(__file__).with_name("child.py")
@@ -63,7 +64,7 @@ class RealBench:
 
     def helper(self) -> Helper:
         if self._helper is None or not self._helper.alive:
-            self._helper = Helper()
+            self._helper = Helper(REAL_DRIVER, 120)
         return self._helper
 
     def victim(self, kind: str, mib: int = 0) -> Child:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from checkpoint.cuda_helper import Helper, HelperLostError
+from checkpoint.cuda_channel import Helper, HelperLostError
 from checkpoint.cuda_program import Request
 from checkpoint.errors import CudaError
 from checkpoint.states import State

@@ -12,7 +12,8 @@ import sys
 import time
 from typing import Any
 
-from checkpoint.cuda_helper import Helper
+from checkpoint.cuda_channel import Helper
+from checkpoint.cuda_helper import REAL_DRIVER
 from checkpoint.cuda_program import Request
 from tests.gpu.bench import real_bench
 from tests.gpu.scenarios import MODELLED, OBSERVED, Trace
@@ -31,7 +32,7 @@ def main() -> None:
     path, *names = sys.argv[1:]
     chosen = [one for one in (*MODELLED, *OBSERVED) if not names or one.__name__ in names]
     started = time.monotonic()
-    helper = Helper()
+    helper = Helper(REAL_DRIVER, 120)
     document: dict[str, Any] = {"machine": machine(helper), "open_s": round(time.monotonic() - started, 3)}
     helper.close()
     print(json.dumps(document), flush=True)
