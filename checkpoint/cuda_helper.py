@@ -55,15 +55,15 @@ class Cuda:
     raises; processes that could not be brought back are named in the error's `stuck`.
     """
 
-    def __init__(self, module: str = REAL_DRIVER, deadlines: Deadlines | None = None) -> None:
+    def __init__(self, module: str | None = None, deadlines: Deadlines | None = None) -> None:
         """Open the driver, as `module` has it.
 
         Raises:
             CudaError: it can't be opened.
         """
-        self._module = module
+        self._module = module or REAL_DRIVER
         self._deadlines = deadlines or Deadlines()
-        self._helper: Helper | None = Helper(module, self._deadlines.open_s)
+        self._helper: Helper | None = Helper(self._module, self._deadlines.open_s)
         self.version = self._helper.version
 
     @classmethod
@@ -269,7 +269,9 @@ class Cuda:
         return State(self._ask(Request(call="state", pid=pid), self._deadlines.ask_s).number)
 
     def _ask(self, request: Request, timeout_s: float) -> Answer:
-        if self._helper is None:
+        # One that ended while nothing was asked of it has left nothing half done.
+        if self._helper is None or not self._helper.alive:
+            self.close()
             self._helper = Helper(self._module, self._deadlines.open_s)
         try:
             return self._helper.ask(request, timeout_s)
