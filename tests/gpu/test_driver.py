@@ -49,12 +49,13 @@ def test_suspend_and_resume_in_place(
     assert held >= WEIGHTS_MIB << 20
     free = cuda.devices()[0].free_bytes
     phases: dict[str, float] = {}
-    for name, move in (
-        ("lock", lambda: cuda.lock_all([victim.pid], 10)),
-        ("checkpoint", lambda: cuda.checkpoint_all([victim.pid])),
-        ("restore", lambda: cuda.restore_all([victim.pid])),
-        ("unlock", lambda: cuda.unlock_all([victim.pid])),
-    ):
+    steps: dict[str, Callable[[], None]] = {
+        "lock": lambda: cuda.lock_all([victim.pid], 10),
+        "checkpoint": lambda: cuda.checkpoint_all([victim.pid]),
+        "restore": lambda: cuda.restore_all([victim.pid]),
+        "unlock": lambda: cuda.unlock_all([victim.pid]),
+    }
+    for name, move in steps.items():
         started = time.monotonic()
         move()
         phases[name] = round(time.monotonic() - started, 4)
