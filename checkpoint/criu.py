@@ -71,6 +71,7 @@ class DumpOptions:
         tcp_established: connections are kept, which blocks them until the restore.
         tcp_close: connections are closed in the process that is restored.
         leave_running: the tree goes on afterwards.
+        leave_stopped: it is stopped afterwards (SIGSTOP); without either it ends.
         external: what is not to be dumped because the restore is given it, such as `mnt[]`.
         root: the tree's root folder, of one in a mount namespace of its own.
         ghost_limit_bytes: how large a file without any name may be to be copied into the images; 0 for 1 MiB.
@@ -85,6 +86,7 @@ class DumpOptions:
     tcp_established: bool = False
     tcp_close: bool = False
     leave_running: bool = False
+    leave_stopped: bool = False
     external: tuple[str, ...] = ()
     root: str | None = None
     ghost_limit_bytes: int = 0
@@ -239,6 +241,8 @@ def dump_argv(criu: Criu, pid: int, images: str, options: DumpOptions, *, work: 
         argv.append("--link-remap")
     if o.leave_running:
         argv.append("--leave-running")
+    if o.leave_stopped:
+        argv.append("--leave-stopped")
     if o.ghost_limit_bytes > _DEFAULT_GHOST_BYTES:
         argv += ["--ghost-limit", str(o.ghost_limit_bytes)]
     return argv
