@@ -11,7 +11,7 @@ from checkpoint.states import State, Step, way
 REACHABLE = (State.RUNNING, State.LOCKED, State.CHECKPOINTED)
 
 
-@pytest.mark.parametrize(("now", "wanted"), product(REACHABLE, REACHABLE))
+@pytest.mark.parametrize(("now", "wanted"), list(product(REACHABLE, REACHABLE)))
 def test_a_way_starts_here_ends_there_and_each_step_is_legal(now: State, wanted: State) -> None:
     steps = way(now, wanted)
     assert steps is not None

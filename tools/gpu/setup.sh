@@ -23,9 +23,9 @@ if [[ ! -r $placed || "$(<"$placed")" != "$(<"$packed/stamp")" ]]; then
     mkdir -p /run
     [[ "$(stat -f -c %T /run)" == tmpfs ]] || mount -t tmpfs tmpfs /run
     rm -rf /opt/weightfs/site
-    python3 -m pip --disable-pip-version-check install -q --no-index --no-deps --no-compile --no-cache-dir \
+    python3 -m pip --disable-pip-version-check install -qq --no-index --no-deps --no-compile --no-cache-dir \
         --target /opt/weightfs/site "$packed"/wheels/*.whl
-    printf '#!/bin/sh\nexec python3 -c "from weightfs.cli.main import main; main()" "$@"\n' >/opt/weightfs/bin/weightfs
+    printf '%s\n' '#!/usr/bin/env python3' 'from weightfs.cli.main import main' 'main()' >/opt/weightfs/bin/weightfs
     chmod 755 /opt/weightfs/bin/weightfs
     cp "$packed/stamp" "$placed"
 fi
