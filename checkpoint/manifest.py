@@ -210,8 +210,9 @@ def _fault_of(manifest: Manifest) -> str | None:
     if not _SNAPSHOT_NAME.fullmatch(manifest.name):
         return f"names the snapshot {manifest.name!r}"
     names = [file.name for file in manifest.files]
-    if wrong := next((name for name in names if not is_image_name(name)), None):
-        return f"names an image {wrong!r}"
+    for name in names:
+        if not is_image_name(name):
+            return f"names an image {name!r}"
     if len(set(names)) != len(names):
         return "names an image twice"
     if manifest.mount is not None and not _is_plain(manifest.mount.mountpoint, absolute=True):
@@ -219,7 +220,7 @@ def _fault_of(manifest: Manifest) -> str | None:
     for weight in manifest.weights:
         if weight.mountpoint is not None and not _is_plain(weight.mountpoint, absolute=True):
             return f"names a mountpoint {weight.mountpoint!r}"
-        if not _is_plain(weight.path, absolute=weight.mountpoint is None):
+        if weight.path == "/" or not _is_plain(weight.path, absolute=weight.mountpoint is None):
             return f"names a weight file {weight.path!r}"
     return None
 
