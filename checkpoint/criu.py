@@ -20,8 +20,12 @@ from typing import Final
 from checkpoint.criu_log import Command, explain
 from checkpoint.errors import MisfitError, RetryError, TargetError
 from checkpoint.processes import Process, start_ticks, tree_of
+from weightfs import linux
 
 OLDEST: Final = (4, 1, 0)
+_OLDEST_WITH_SOCKETS: Final = (4, 2, 0)
+_STRICT_SOCKETS: Final = (6, 16)
+"""getsockopt(SO_PASSCRED) fails since then for all but a few families of sockets; older CRIUs ask it of every one."""
 BUNDLED: Final = "/opt/weightfs/criu/usr/sbin/criu"
 """Where tools/install-criu puts the one it brings."""
 
@@ -48,6 +52,11 @@ class Criu:
     path: str
     version: tuple[int, int, int]
     libdir: str
+
+    @property
+    def can_dump_inet(self) -> bool:
+        """Whether it can dump TCP and UDP sockets on this kernel."""
+        return self.version >= _OLDEST_WITH_SOCKETS or linux.kernel_version() < _STRICT_SOCKETS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +126,10 @@ class RestoreOptions:
 
 
 def find_criu(candidate: str | None = None, *, check: bool = True) -> Criu:
-    """The CRIU to use: `candidate`, else the first on PATH, else the one tools/install-criu brings.
+    """The CRIU to use: `candidate`, else that on PATH or that tools/install-criu brings.
+
+    Of these two it is the first that is new enough for everything on this kernel, else the first that is new enough
+    for processes without TCP and UDP sockets: see `Criu.can_dump_inet`.
 
     Args:
         candidate: a path, or a name to look for on PATH.
@@ -127,6 +139,7 @@ def find_criu(candidate: str | None = None, *, check: bool = True) -> Criu:
         MisfitError: none that is new enough, or the kernel lacks what it needs.
     """
     tried: list[str] = []
+    fit: list[Criu] = []
     for name in (candidate,) if candidate else ("criu", BUNDLED):
         path = shutil.which(name)
         if path is None:
@@ -137,14 +150,16 @@ def find_criu(candidate: str | None = None, *, check: bool = True) -> Criu:
             tried.append(f"{path} does not start: {_first_line(said)}")
         elif version < OLDEST:
             tried.append(f"{path} is {'.'.join(map(str, version))}")
-        elif check and (reason := _refusal(path)):
-            raise MisfitError(
-                f"CRIU can't work with this kernel: {reason}", path=path, mend="criu check -v4 tells more"
-            )
         else:
-            return Criu(path=path, version=version, libdir=_empty_folder())
-    found = "; ".join(tried) or (f"{candidate} is not there" if candidate else "it is not installed")
-    raise MisfitError(f"snapshots need CRIU 4.1 or later: {found}", mend=_INSTALL)
+            fit.append(Criu(path=path, version=version, libdir=_empty_folder()))
+    if not fit:
+        found = "; ".join(tried) or (f"{candidate} is not there" if candidate else "it is not installed")
+        raise MisfitError(f"snapshots need CRIU 4.1 or later: {found}", mend=_INSTALL)
+    chosen = next((one for one in fit if one.can_dump_inet), fit[0])
+    if check and (reason := _refusal(chosen.path)):
+        mend = f"{chosen.path} check -v4 tells more"
+        raise MisfitError(f"CRIU can't work with this kernel: {reason}", path=chosen.path, mend=mend)
+    return chosen
 
 
 def parse_version(said: str) -> tuple[int, int, int] | None:

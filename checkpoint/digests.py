@@ -6,6 +6,7 @@ Files are read, never mapped: whoever truncates a mapped file kills its readers 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -55,10 +56,12 @@ class Digested:
     Attributes:
         blake3: 64 hexadecimal digits.
         identity: the file's, the same before and after it was read.
+        started_ns: when reading began, since the epoch; 0 where it was not read.
     """
 
     blake3: str
     identity: Identity
+    started_ns: int
 
 
 def digest_file(path: str, *, dir_fd: int | None = None, follow: bool = True) -> Digested:
@@ -77,6 +80,7 @@ def digest_file(path: str, *, dir_fd: int | None = None, follow: bool = True) ->
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW), dir_fd=dir_fd)
     except OSError as e:
         raise _unreadable(path, e) from e
+    started_ns = time.time_ns()
     try:
         before = Identity.of(os.fstat(fd))
         digest, nbytes = _digest(fd, before.nbytes)
@@ -87,7 +91,7 @@ def digest_file(path: str, *, dir_fd: int | None = None, follow: bool = True) ->
         os.close(fd)
     if before != after or nbytes != before.nbytes:
         raise RetryError("changed while it was read", path=path, mend="try again when nobody writes it")
-    return Digested(blake3=digest, identity=after)
+    return Digested(blake3=digest, identity=after, started_ns=started_ns)
 
 
 def digest_files(paths: Iterable[str], *, dir_fd: int | None = None, follow: bool = True) -> dict[str, Digested]:

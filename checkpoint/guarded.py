@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def require_path_ours(path: str) -> None:
         try:
             found = os.stat(current)
         except OSError as e:
-            raise cannot("be examined", current, e) from e
+            raise CheckpointError(f"can't be examined: {os.strerror(e.errno or 0)}", path=current) from e
         if not (is_above and found.st_uid in (0, os.geteuid()) and found.st_mode & stat.S_ISVTX):
             require_ours(found, current)
         if current == "/":
@@ -74,7 +75,7 @@ def opened(name: str, flags: int, path: str, *, dir_fd: int | None = None) -> It
     try:
         fd = os.open(name, flags, dir_fd=dir_fd)
     except OSError as e:
-        raise cannot("be opened", path, e) from e
+        raise unreadable(path, e) from e
     try:
         found = os.fstat(fd)
         if flags == FILE and not stat.S_ISREG(found.st_mode):
@@ -85,15 +86,18 @@ def opened(name: str, flags: int, path: str, *, dir_fd: int | None = None) -> It
         os.close(fd)
 
 
-def cannot(what: str, path: str, error: OSError) -> CheckpointError:
-    """The error for what the kernel refused.
-
-    Where the kind of an entry is the reason, or that it is gone, it is a CorruptError.
-    """
-    message = f"can't {what}: {os.strerror(error.errno or 0)}"
-    if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno in _OF_ANOTHER_KIND:
+def unreadable(path: str, error: OSError) -> CheckpointError:
+    """The error for what can't be read: a CorruptError where the entry's kind, or that there is none, is the reason."""
+    message = f"can't be read: {os.strerror(error.errno or 0)}"
+    if error.errno in _NOT_WHAT_WAS_WRITTEN:
         return CorruptError(message, path=path, mend="make the snapshot anew")
     return CheckpointError(message, path=path)
 
 
-_OF_ANOTHER_KIND: Final = frozenset({40, 6, 21})  # ELOOP: a symlink; ENXIO: a socket; EISDIR
+def unwritable(path: str, error: OSError) -> CheckpointError:
+    """The error for what can't be made, written or removed."""
+    return CheckpointError(f"can't be written: {os.strerror(error.errno or 0)}", path=path)
+
+
+# ELOOP is a symlink where O_NOFOLLOW forbids it; ENXIO a socket.
+_NOT_WHAT_WAS_WRITTEN: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR})

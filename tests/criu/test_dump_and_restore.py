@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import stat
 from pathlib import Path
 
@@ -66,6 +67,37 @@ def test_left_running(tmp_path: Path, images: str) -> None:
         with pytest.raises(RetryError, match=r"pid"):
             restore(the_criu(), images, restore_options_of(DumpOptions()), 60)
         assert counter.ask().split()[0] == "3"
+
+
+SERVER = """
+listener = socket.create_server(("127.0.0.1", 0))
+tell(listener.getsockname()[1])
+while True:
+    client, _ = listener.accept()
+    with client:
+        client.sendall(client.recv(100).upper())
+"""
+
+
+def asked(port: int) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), 10) as client:
+        client.sendall(b"warm")
+        return client.recv(100)
+
+
+def test_a_listener_answers_again(tmp_path: Path, images: str) -> None:
+    if not the_criu().can_dump_inet:
+        pytest.skip("this machine lacks CRIU 4.2, which Linux 6.16 and later need for sockets")
+    with target(SERVER, tmp_path) as server:
+        port = int(server.said())
+        assert asked(port) == b"WARM"
+        options = options_for(tree_of(server.pid))
+        dump(the_criu(), server.pid, images, options, 60)
+        assert server.process.wait(10) == -signal.SIGKILL  # else its parent keeps the pid taken
+        with pytest.raises(ConnectionRefusedError):
+            asked(port)
+        restore(the_criu(), images, restore_options_of(options), 60)
+        assert asked(port) == b"WARM"
 
 
 def test_no_such_process(images: str) -> None:

@@ -26,6 +26,7 @@ SCRIPT_COMMANDS = [
     "rm",
     "sed",
     "sha256sum",
+    "sort",
     "tail",
 ]
 
@@ -73,7 +74,7 @@ class Checkout:
 def checkout(tmp_path: Path) -> Checkout:
     root = tmp_path / "a checkout"
     (root / "tools/lib").mkdir(parents=True)
-    for name in ["pyproject.toml", "tools/run", "tools/lib/setup.sh"]:
+    for name in ["pyproject.toml", "tools/run", "tools/install-criu", "tools/lib/setup.sh"]:
         shutil.copy(ROOT / name, root / name)
     commands = tmp_path / "bin"
     commands.mkdir()
@@ -148,6 +149,44 @@ def test_a_moved_checkout_is_noticed(checkout: Checkout) -> None:
     checkout.make_current("base")
     moved = checkout.root.rename(checkout.root.parent / "elsewhere")
     assert Checkout(moved, checkout.bin).run("--no-install").returncode == 3
+
+
+def test_only_a_snapshot_command_asks_for_criu(checkout: Checkout) -> None:
+    checkout.provide("fusermount3")
+    checkout.make_current("base")
+    checkout.provide("criu", 'case $1 in --version) echo "Version: 4.2" ;; check) echo "Looks good." ;; esac')
+    assert "CRIU" not in checkout.run("snapshot", "list").stderr
+    restore = checkout.run("snapshot", "restore", "warm")
+    assert (restore.stdout, restore.returncode) == ("<snapshot><restore><warm>", 0)
+    assert "CRIU 4.2 works" in restore.stderr
+    assert checkout.run("--no-install", "snapshot", "run").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ('[[ $1 == --version ]] && echo "Version: 3.17.1"', "or later is here"),
+        ("echo 'libnet.so.1: not found' >&2; exit 127", "or later is here"),
+        (
+            '[[ $1 == --version ]] && echo "Version: 4.10.2" || { echo "Error (a.c:1): no ptrace"; exit 1; }',
+            "no ptrace",
+        ),
+    ],
+)
+def test_a_criu_that_will_not_do_is_told(checkout: Checkout, script: str, reason: str) -> None:
+    checkout.provide("fusermount3")
+    checkout.make_current("base")
+    checkout.provide("criu", script)
+    nowhere = str(checkout.root / "criu")
+    checked = subprocess.run(
+        [checkout.root / "tools/install-criu", "--no-install", "--prefix", nowhere],
+        env={"PATH": str(checkout.bin)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert checked.returncode == 3
+    assert reason in checked.stderr
 
 
 # The import contracts, tried on a tree of modules that holds nothing but imports.
