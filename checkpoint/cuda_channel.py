@@ -58,6 +58,7 @@ class Helper:
             )
         self._socket = ours
         self._rest = b""
+        self._serial = 0
         self._decoder = msgspec.json.Decoder(Answer)
         try:
             self.version = self._answer(timeout_s, "opening the driver").text
@@ -78,13 +79,17 @@ class Helper:
     def ask(self, request: Request, timeout_s: float) -> Answer:
         """One call into the driver.
 
+        When it is left early, as by a KeyboardInterrupt, the call goes on, and the next request waits for it to end.
+
         Raises:
             CudaError: the driver refused; carries its code.
             HelperLostError: no answer in time, or the helper ended; it is gone then.
         """
         what = f"{request.call} of process {request.pid}" if request.pid else request.call
         try:
-            self._socket.sendall(msgspec.json.encode(request) + b"\n")
+            self._serial += 1
+            self._socket.settimeout(timeout_s)
+            self._socket.sendall(msgspec.json.encode(msgspec.structs.replace(request, serial=self._serial)) + b"\n")
         except OSError as error:
             self.close()
             raise HelperLostError(f"the CUDA helper process is gone ({what} was to come): {error}") from error
@@ -103,6 +108,15 @@ class Helper:
 
     def _answer(self, timeout_s: float, what: str) -> Answer:
         deadline = time.monotonic() + timeout_s
+        while True:
+            answer = self._decoder.decode(self._line(deadline, timeout_s, what))
+            if answer.serial < self._serial:
+                continue  # nobody waited for it any more
+            if answer.failure:
+                raise CudaError(answer.failure, mend=answer.mend, result=answer.result)
+            return answer
+
+    def _line(self, deadline: float, timeout_s: float, what: str) -> bytes:
         while b"\n" not in self._rest:
             self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
@@ -125,7 +139,4 @@ class Helper:
                 raise HelperLostError(f"{what}: the CUDA helper process is gone: {reason}, status {status}")
             self._rest += received
         line, self._rest = self._rest.split(b"\n", 1)
-        answer = self._decoder.decode(line)
-        if answer.failure:
-            raise CudaError(answer.failure, mend=answer.mend, result=answer.result)
-        return answer
+        return line

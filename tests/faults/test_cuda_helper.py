@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -342,6 +343,22 @@ class TestHelper:
             with pytest.raises(HelperLostError, match=f"state of process {pid}: the CUDA helper process is gone"):
                 cuda.find([pid])
             assert cuda.find([pid]) == [pid]
+
+    def test_a_call_that_nobody_waits_for_any_more_is_not_taken_for_the_next_ones_answer(
+        self, bench: DoubleBench, cuda: Cuda
+    ) -> None:
+        pids = bench.pids(2)
+        bench.world.set(pids[0], busy=True)
+        main = threading.get_ident()
+        interrupt = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            cuda.lock_all(pids, 1.0)
+        interrupt.join()
+        assert cuda.states(pids) == dict.fromkeys(pids, State.RUNNING)
+        bench.world.set(pids[0], busy=False)
+        cuda.lock_all(pids, 5.0)
+        assert len(bench.world.helpers()) == 1
 
     def test_it_can_not_be_interrupted_from_the_terminal(self, bench: DoubleBench, cuda: Cuda) -> None:
         os.kill(bench.world.helpers()[0], signal.SIGINT)
