@@ -14,16 +14,18 @@ CRIU leaves the tree stopped, so that it can still go on when the snapshot can't
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from checkpoint import control, criu, in_use, points, processes, stdio
-from checkpoint.errors import CudaError, RetryError, TargetError
+import msgspec
+
+from checkpoint import control, criu, criu_command, in_use, points, processes, stdio
+from checkpoint.errors import CorruptError, CudaError, RetryError, TargetError
 from checkpoint.journal import Entry, Journal
+from checkpoint.machine import fingerprint_here
 from checkpoint.manifest import Manifest
 from checkpoint.phases import Phases
 from checkpoint.processes import Process
@@ -118,7 +120,7 @@ def _create(
             root=f"/proc/{entry.root}/root",
         )
     mount = next((one for one in seen if any(each.mountpoint == one.mountpoint for each in weights.weights)), None)
-    dumped = criu.options_for(tree)
+    dumped = criu_command.options_for(tree)
     replaced = stdio.resources(tree)
     gpu_bytes = tools.cuda.used_bytes(list(entry.cuda)) if tools.cuda is not None and entry.cuda else {}
     try:
@@ -148,14 +150,17 @@ def _create(
                 replaced=replaced,
                 cwd=tree[0].cwd,
                 mount=mount,
-                fingerprint=tools.fingerprint(
-                    mountpoint=mount.mountpoint if mount else None, command=entry.command, root=f"/proc/{entry.root}/root"
+                fingerprint=fingerprint_here(
+                    criu=tools.criu,
+                    mountpoint=mount.mountpoint if mount else None,
+                    command=entry.command,
+                    root=f"/proc/{entry.root}/root",
                 ),
                 weights=list(weights.weights),
                 phases=phases.seconds,
                 hooks=options.point is not None and points.reached(options.point) is not None,
                 point=options.point,
-                criu_options=_kept(criu.restore_options_of(dumped)),
+                criu_options=_kept(criu_command.restore_options_of(dumped)),
             )
             snapshot = draft.commit(said)
     except BaseException as failure:
@@ -200,16 +205,19 @@ def _leads_to(process: Process, fd: int) -> str:
     return next((one.target for one in process.descriptors if one.fd == fd), "")
 
 
-def _kept(options: criu.RestoreOptions) -> dict[str, Any]:
+def _kept(options: criu_command.RestoreOptions) -> dict[str, Any]:
     """The options that say something."""
-    defaults = dataclasses.asdict(criu.RestoreOptions())
+    defaults = dataclasses.asdict(criu_command.RestoreOptions())
     return {key: value for key, value in dataclasses.asdict(options).items() if value != defaults[key]}
 
 
-def options_kept(kept: dict[str, Any]) -> criu.RestoreOptions:
-    """What `criu_options` of a manifest stand for; options of a later version are left out."""
-    known = {field.name for field in dataclasses.fields(criu.RestoreOptions)}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in kept.items() if key in known}
-    with contextlib.suppress(KeyError):
-        del values["inherit"]
-    return criu.RestoreOptions(**values)
+def options_kept(kept: dict[str, Any]) -> criu_command.RestoreOptions:
+    """What `criu_options` of a manifest stand for; options of a later version are left out.
+
+    Raises:
+        CorruptError: they are none.
+    """
+    try:
+        return msgspec.convert(kept, criu_command.RestoreOptions)
+    except msgspec.ValidationError as e:
+        raise CorruptError(f"holds CRIU options that are none: {e}", path="manifest.json") from e

@@ -15,14 +15,16 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from checkpoint import control, criu, in_use, points, processes, readiness, stdio
 from checkpoint.creation import options_kept
+from checkpoint.digests import Identity
 from checkpoint.errors import RetryError
 from checkpoint.fingerprint import Difference, compare, require_fit
 from checkpoint.journal import Entry, Journal
+from checkpoint.machine import fingerprint_here
 from checkpoint.manifest import Manifest
 from checkpoint.phases import Phases
 from checkpoint.processes import start_ticks
@@ -78,7 +80,7 @@ def differences(manifest: Manifest, tools: Tools, command: Sequence[str] = ()) -
     """What of this machine is not as it was where a snapshot was made."""
     mountpoint = manifest.mount.mountpoint if manifest.mount is not None else None
     here = {one.mountpoint for one in in_use.mounts_seen(os.getpid())}
-    now = tools.fingerprint(mountpoint=mountpoint if mountpoint in here else None, command=list(command))
+    now = fingerprint_here(criu=tools.criu, mountpoint=mountpoint if mountpoint in here else None, command=command)
     return compare(manifest.fingerprint, now, uses_gpu=bool(manifest.cuda_pids))
 
 
@@ -166,7 +168,9 @@ def _memory_filled(snapshot: Snapshot, tools: Tools, options: RestoreOptions, ph
             return criu.restore(tools.criu, snapshot.images, wanted, options.timeout_s, work=work)
 
 
-def _let_go(manifest: Manifest, tree: control.Tree, weights: dict[str, object], tools: Tools, phases: Phases) -> None:
+def _let_go(
+    manifest: Manifest, tree: control.Tree, weights: Mapping[str, Identity], tools: Tools, phases: Phases
+) -> None:
     unchanged_since(weights)
     if manifest.point is not None:
         points.let_go(manifest.point, "restored")

@@ -11,7 +11,6 @@ from typing import Final
 from checkpoint.criu import Criu, find_criu
 from checkpoint.cuda_helper import Cuda
 from checkpoint.digest_cache import DigestCache
-from checkpoint.fingerprint import Fingerprint, Gpu
 
 STATE: Final = "/var/lib/weightfs"
 
@@ -31,18 +30,6 @@ class Tools:
     cuda: Cuda | None
     cache: DigestCache
     state: str
-
-    def fingerprint(self, *, mountpoint: str | None, command: list[str], root: str = "/") -> Fingerprint:
-        """This machine's, as a snapshot keeps it."""
-        gpus = self.cuda.devices() if self.cuda is not None else ()
-        return Fingerprint.here(
-            criu=".".join(map(str, self.criu.version)),
-            driver=self.cuda.version if self.cuda is not None else None,
-            gpus=[Gpu(model=one.name, memory_bytes=one.total_bytes) for one in gpus],
-            mountpoint=mountpoint,
-            command=command,
-            root=root,
-        )
 
 
 @contextlib.contextmanager
