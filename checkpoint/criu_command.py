@@ -62,6 +62,7 @@ class DumpOptions:
         tcp_close: connections are closed in the process that is restored.
         skip_in_flight: connections that were not accepted yet are left out.
         leave_running: the tree goes on afterwards.
+        leave_stopped: it is stopped afterwards (SIGSTOP); without either it ends.
         external: what is not dumped because the restore is given it: `OWN_MOUNTS`, and what `Attachment` tells of.
         ghost_limit_bytes: how large a file without any name may be to be copied into the images; 0 for 1 MiB.
         manage_cgroups: `ignore`, so that a restored tree is in the control group of whoever restores it.
@@ -76,6 +77,7 @@ class DumpOptions:
     tcp_close: bool = False
     skip_in_flight: bool = False
     leave_running: bool = False
+    leave_stopped: bool = False
     external: tuple[str, ...] = ()
     ghost_limit_bytes: int = 0
     manage_cgroups: str = "ignore"
@@ -163,6 +165,8 @@ def dump_argv(criu: Criu, pid: int, images: str, options: DumpOptions, *, work: 
         argv.append("--link-remap")
     if o.leave_running:
         argv.append("--leave-running")
+    if o.leave_stopped:
+        argv.append("--leave-stopped")
     if o.ghost_limit_bytes > _DEFAULT_GHOST_BYTES:
         argv += ["--ghost-limit", str(o.ghost_limit_bytes)]
     return argv

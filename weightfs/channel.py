@@ -14,7 +14,7 @@ the kernel. Requests and replies pass through here as they are, with these excep
     INTERRUPT       dropped: nothing here can be interrupted, and libfuse would never find a READ's request
 
 A successor lets its pyfuse3 answer the INIT of its predecessor's. Then the kernel is asked to send again what it had no
-answer to. A request that comes again after two daemons died is answered EIO: it may be what they died of.
+answer to. What comes again is tried one at a time (`suspects.py`); what a second daemon dies of is answered EIO.
 
 Every request has a deadline and room for its reply (`outstanding.py`): one that is not answered by then is answered
 EIO, and its late reply is dropped.
@@ -30,6 +30,7 @@ import struct
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import trio
@@ -42,6 +43,7 @@ from weightfs.negotiation import Negotiation
 from weightfs.opens import Opens
 from weightfs.outstanding import Outstanding
 from weightfs.reads import Reads
+from weightfs.suspects import Suspects
 from weightfs.wire import Opcode
 
 log = logging.getLogger(__name__)
@@ -58,7 +60,6 @@ _SO_RCVBUFFORCE: Final = 33
 _NOT_WANTED: Final = frozenset({Opcode.FLUSH, Opcode.OPENDIR})
 _TICK_S: Final = 0.25
 _DRAIN_S: Final = 0.3
-_POISONED: Final = 2  # deaths
 _LOST_IDS: Final = 64  # backing ids above the last one noted that a daemon may have made and not noted as it died
 
 
@@ -96,7 +97,6 @@ class Channel:
         requests: number by opcode, passthrough reads never among them.
         fallbacks: see `Kernel`.
         expired: requests answered EIO at their deadline.
-        poisoned: requests answered EIO because two daemons died with them.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Channel:
         self.requests: Counter[int] = Counter()
         self.fallbacks = self._kernel.fallbacks
         self.expired = 0
-        self.poisoned = 0
+        self._suspects = Suspects(ledger, self._outstanding)
 
     @property
     def passthrough(self) -> bool | None:
@@ -149,6 +149,11 @@ class Channel:
     def resends(self) -> bool:
         """Whether the kernel sends again what a daemon that died had not answered (Linux 6.9)."""
         return self._negotiation.resends
+
+    @property
+    def poisoned(self) -> int:
+        """Requests answered EIO because two daemons died of them."""
+        return self._suspects.poisoned
 
     @property
     def bytes_read(self) -> int:
@@ -186,7 +191,7 @@ class Channel:
 
         A thread of ours may wait in the kernel for a lock that one of them holds, and could not end before.
         """
-        for unique, _ in self._outstanding.settle_all():
+        for unique in [*self._suspects.empty(), *(unique for unique, _ in self._outstanding.settle_all())]:
             self._kernel.answer(unique, errno.EIO)
 
     async def run(self, may_read: Callable[[], Awaitable[Sequence[int]]]) -> None:
@@ -208,6 +213,7 @@ class Channel:
                 if self._ledger.init_request:
                     self._resume(left_behind)
                 nursery.start_soon(self._watch_deadlines)
+                nursery.start_soon(self._suspects.try_them, partial(self._take, nursery))
                 with self._retiring:
                     await self._carry_requests(nursery)
                 if self._retiring.cancelled_caught:
@@ -269,27 +275,27 @@ class Channel:
                 raise
             _, opcode, unique, nodeid = wire.IN_HEADER.unpack_from(buffer)
             self.requests[opcode] += 1
-            if unique & wire.UNIQUE_RESEND and opcode != Opcode.RELEASE and self._is_poison(opcode, unique, nodeid):
+            if not unique & wire.UNIQUE_RESEND or opcode == Opcode.RELEASE:
+                await self._take(nursery, buffer, size)
+            elif self._suspects.is_guilty(opcode, unique, nodeid):
                 self._kernel.answer(unique, errno.EIO)
-            elif opcode == Opcode.READ:
-                self._reads.take(nursery, buffer, unique, nodeid)
-            elif opcode == Opcode.RELEASE:
-                (handle,) = struct.unpack_from("<Q", buffer, wire.IN_HEADER_BYTES)
-                self._handles.discard(nodeid, handle)
-                self._kernel.answer(unique, 0)
-            elif opcode in _NOT_WANTED:
-                self._kernel.answer(unique, errno.ENOSYS)  # which tells the kernel not to send any more
-            elif opcode == Opcode.READDIRPLUS and self._is_at_end(nodeid, buffer):
-                self._kernel.write([wire.OUT_HEADER.pack(wire.OUT_HEADER_BYTES, 0, unique)])
-            elif opcode != Opcode.INTERRUPT:
-                await self._forward(opcode, unique, nodeid, buffer, view[:size])
+            else:
+                self._suspects.add(unique, view[:size])
 
-    def _is_poison(self, opcode: int, unique: int, nodeid: int) -> bool:
-        if self._ledger.deaths_seen(unique & ~wire.UNIQUE_RESEND) < _POISONED:
-            return False
-        self.poisoned += 1
-        log.error("request %d of inode %#x has seen %d daemons die: answered EIO", opcode, nodeid, _POISONED)
-        return True
+    async def _take(self, nursery: trio.Nursery, buffer: bytearray, size: int) -> None:
+        _, opcode, unique, nodeid = wire.IN_HEADER.unpack_from(buffer)
+        if opcode == Opcode.READ:
+            self._reads.take(nursery, buffer, unique, nodeid)
+        elif opcode == Opcode.RELEASE:
+            (handle,) = struct.unpack_from("<Q", buffer, wire.IN_HEADER_BYTES)
+            self._handles.discard(nodeid, handle)
+            self._kernel.answer(unique, 0)
+        elif opcode in _NOT_WANTED:
+            self._kernel.answer(unique, errno.ENOSYS)  # which tells the kernel not to send any more
+        elif opcode == Opcode.READDIRPLUS and self._is_at_end(nodeid, buffer):
+            self._kernel.write([wire.OUT_HEADER.pack(wire.OUT_HEADER_BYTES, 0, unique)])
+        elif opcode != Opcode.INTERRUPT:
+            await self._forward(opcode, unique, nodeid, buffer, memoryview(buffer)[:size])
 
     def _is_at_end(self, nodeid: int, buffer: bytearray) -> bool:
         _, cookie, _ = wire.READ_IN.unpack_from(buffer, wire.IN_HEADER_BYTES)

@@ -31,6 +31,7 @@ _PAGE: Final = 4096
 _MAGIC_AT, _VERSION_AT, _DEATHS_AT, _CLEAN_AT, _HEARTBEAT_AT = range(5)
 _EPOCH_AT, _NEXT_AT, _RESERVED_AT, _JOURNAL_AT, _ANSWERED_AT, _BACKING_AT = range(5, 11)
 _HANDLES_HIGH_AT, _INODES_HIGH_AT = 11, 12
+_TRIAL_AT: Final = 13
 _INIT_REQUEST_AT: Final = _PAGE
 _INIT_REPLY_AT: Final = 2 * _PAGE
 _RESENT_AT: Final = 3 * _PAGE
@@ -111,7 +112,11 @@ class _Rows:
 
 
 class Ledger:
-    """One mount's ledger, mapped. Runs on one thread, except the journal, which the index guards with its own lock."""
+    """One mount's ledger, mapped. Runs on one thread, except the journal, which the index guards with its own lock.
+
+    Attributes:
+        culprit: the request in whose trial the daemon before this one died; 0 if in none.
+    """
 
     def __init__(self, fd: int) -> None:
         """Map what `create` made; the descriptor stays the caller's.
@@ -129,6 +134,7 @@ class Ledger:
                 mend="umount it, then mount again",
             )
         self._after_death = 0
+        self.culprit = 0
         self._look()
 
     def _look(self) -> None:
@@ -149,6 +155,8 @@ class Ledger:
         self._look()
         self._after_death = int(not self._words[_CLEAN_AT])
         self._words[_DEATHS_AT] += self._after_death
+        self.culprit = self._words[_TRIAL_AT] if self._after_death else 0
+        self._words[_TRIAL_AT] = 0
         self._words[_CLEAN_AT] = 0
         return bool(self._after_death)
 
@@ -219,6 +227,10 @@ class Ledger:
                 self._resent[unique] = at
                 break
         return self._after_death  # also where the table is full: a request more that is tried again
+
+    def on_trial(self, unique: int) -> None:
+        """Such a request is being dealt with, and no other; 0 when that is over."""
+        self._words[_TRIAL_AT] = unique
 
     def resent_answered(self, unique: int) -> None:
         """Such a request has its answer."""

@@ -65,6 +65,7 @@ _STATX_FLAGS: Final = 0x1000 | 0x100 | 0x800  # AT_EMPTY_PATH, AT_SYMLINK_NOFOLL
 _STATX_BYTES: Final = 256
 _STATX_INO: Final = 0x100
 _STATX_BASIC_AND_BTIME: Final = 0x0FFF
+_RENAME_EXCHANGE: Final = 2
 _FS_IOC_GETFSUUID: Final = 0x80111500
 _STATX = struct.Struct("<4xI8xIIIH2xQQQ8xqI4xqI4xqI4xqI4xIIII")
 
@@ -72,6 +73,7 @@ _buffers = threading.local()
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p]
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+_libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
 _libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32]
 _libc.mmap.argtypes = [
@@ -335,3 +337,12 @@ def be_idle_io() -> None:
     """From now on this thread's reads give way to everyone else's, where the disk's scheduler knows priorities."""
     if _ioprio_set(_SYS_IOPRIO_SET, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_IDLE):
         raise _failed()
+
+
+def exchange(dir_fd: int, one: str, other: str) -> None:
+    """Two entries of an open folder change places at once (renameat2(2) with RENAME_EXCHANGE).
+
+    EINVAL where the filesystem can't, as on NFS.
+    """
+    if _libc.renameat2(dir_fd, os.fsencode(one), dir_fd, os.fsencode(other), _RENAME_EXCHANGE):
+        raise _failed(one)

@@ -57,6 +57,9 @@ class Outstanding:
     def __len__(self) -> int:
         return len(self._pending)
 
+    def __contains__(self, unique: int) -> bool:
+        return unique in self._pending
+
     async def reserve(self, wanted_bytes: int) -> None:
         """Wait for room, and take it; no checkpoint where there is room."""
         while self._pending and self._room_bytes < wanted_bytes:

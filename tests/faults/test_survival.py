@@ -226,6 +226,7 @@ def test_release_under_way(mortal: Mortal) -> None:
 
 
 @needs_passthrough
+@pytest.mark.alone  # counts the free blocks of the disk
 @pytest.mark.parametrize("mortal", ["passthrough"], indirect=True)
 def test_backing_id_made_and_not_noted(mortal: Mortal, tmp_path: Path) -> None:
     """Its file is not held for ever: the blocks of a deleted file are freed."""

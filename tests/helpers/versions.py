@@ -38,11 +38,11 @@ _IMPORT: Final = ("import trio\n", "import trio\nfrom weightfs import dying\n")
 DEATHS: Final = {
     "channel.py": [
         _IMPORT,
-        ("            self.requests[opcode] += 1\n", "            self.requests[opcode] += 1\n"
-         "            dying.at(f'read-{int(opcode)}')\n            dying.always_at(f'always-{int(opcode)}')\n"),
-        ("                self._handles.discard(nodeid, handle)\n                self._kernel.answer(unique, 0)\n",
-         "                self._handles.discard(nodeid, handle)\n                dying.at('released')\n"
-         "                self._kernel.answer(unique, 0)\n                dying.at('release-answered')\n"),
+        ("        if opcode == Opcode.READ:\n",
+         "        dying.at(f'read-{int(opcode)}')\n        if opcode == Opcode.READ:\n"),
+        ("            self._handles.discard(nodeid, handle)\n            self._kernel.answer(unique, 0)\n",
+         "            self._handles.discard(nodeid, handle)\n            dying.at('released')\n"
+         "            self._kernel.answer(unique, 0)\n            dying.at('release-answered')\n"),
     ],
     "kernel.py": [
         ("from weightfs import wire\n", "from weightfs import dying, wire\n"),

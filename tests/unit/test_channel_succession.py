@@ -14,7 +14,7 @@ import trio.testing
 
 from tests.unit.fake_kernel import INIT_IN, Bytes, Stage, request, stage
 from weightfs import channel as module
-from weightfs import ledger, wire
+from weightfs import ledger, suspects, wire
 from weightfs.errors import UnfitError
 from weightfs.ledger import Ledger
 from weightfs.wire import Opcode
@@ -138,15 +138,20 @@ def test_an_open_that_comes_again_has_its_first_handle(book: Ledger) -> None:
 def test_what_two_daemons_died_of_is_answered_eio(book: Ledger, opcode: Opcode) -> None:
     body = wire.READ_IN.pack(50, 0, 4096) + bytes(20)
 
-    gate = threading.Event()
+    gate, asked = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        asked.set()
+        gate.wait()
 
     async def first_time(on: Stage) -> None:
         on.handles.add(7, 50)
-        on.handles.attach(7, lambda: (Bytes(b"", waits=gate.wait), None))
+        on.handles.attach(7, lambda: (Bytes(b"", waits=wait), None))
         await on.kernel.ask(opcode, AGAIN | 60, 7, body)
         if opcode != Opcode.READ:
             await on.pyfuse3.request()
-        await trio.testing.wait_all_tasks_blocked(0.01)
+        else:
+            await trio.to_thread.run_sync(asked.wait)
 
     async def second_time(on: Stage) -> None:
         await on.kernel.ask(opcode, AGAIN | 60, 7, body)
@@ -163,6 +168,66 @@ def test_what_two_daemons_died_of_is_answered_eio(book: Ledger, opcode: Opcode) 
         succeed(book, second_time)
     finally:
         gate.set()
+
+
+def test_what_only_waited_beside_it_is_tried_again(book: Ledger) -> None:
+    """Two requests were in the hands of two daemons that died; the second had not been begun by the second one."""
+
+    async def first_time(on: Stage) -> None:
+        for unique in (60, 61):
+            await on.kernel.ask(Opcode.GETATTR, AGAIN | unique, 7, bytes(16))
+        assert (await on.pyfuse3.request())[1] == AGAIN | 60
+        # Dies before the trial of 60 is over.
+
+    async def second_time(on: Stage) -> None:
+        for unique in (61, 60):
+            await on.kernel.ask(Opcode.GETATTR, AGAIN | unique, 7, bytes(16))
+        reply = await on.kernel.reply()
+        assert (reply.unique, reply.error) == (AGAIN | 60, errno.EIO)
+        assert (await on.pyfuse3.request())[1] == AGAIN | 61
+        on.pyfuse3.reply(AGAIN | 61, b"attributes")
+        assert (await on.kernel.reply()).unique == AGAIN | 61
+        assert on.channel.poisoned == 1
+
+    succeed(book, first_time)
+    book.begin()
+    succeed(book, second_time)
+
+
+def test_a_slow_one_holds_up_the_others_only_for_a_while(book: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suspects, "_TRIAL_S", 0.01)
+
+    async def play(on: Stage) -> None:
+        for unique in (60, 61):
+            await on.kernel.ask(Opcode.GETATTR, AGAIN | unique, 7, bytes(16))
+        assert (await on.pyfuse3.request())[1] == AGAIN | 60
+        assert (await on.pyfuse3.request())[1] == AGAIN | 61
+
+    succeed(book, play)
+
+
+def test_one_that_kills_slowly_is_found_in_the_end(book: Ledger) -> None:
+    for _ in range(4):
+        book.deaths_seen(60)
+        book.begin()
+
+    async def play(on: Stage) -> None:
+        await on.kernel.ask(Opcode.GETATTR, AGAIN | 60, 7, bytes(16))
+        assert (await on.kernel.reply()).error == errno.EIO
+
+    succeed(book, play)
+
+
+def test_who_waits_for_a_trial_is_answered_at_the_end(book: Ledger) -> None:
+    async def play(on: Stage) -> None:
+        for unique in (60, 61):
+            await on.kernel.ask(Opcode.GETATTR, AGAIN | unique, 7, bytes(16))
+        await on.pyfuse3.request()
+        on.channel.abandon()
+        replies = [await on.kernel.reply() for _ in range(2)]
+        assert {(one.unique, one.error) for one in replies} == {(AGAIN | 60, errno.EIO), (AGAIN | 61, errno.EIO)}
+
+    succeed(book, play)
 
 
 def test_release_is_never_poison(book: Ledger) -> None:

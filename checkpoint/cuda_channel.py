@@ -1,0 +1,142 @@
+"""Our end of the CUDA helper process: starts it, asks it, gives it up when it does not answer.
+
+A process of its own because opening the driver takes seconds where there are many GPUs, because a call into it can hang
+(while one process of an NCCL group is locked, even the question for the state of another hangs) or crash, and because a
+process that has the driver open could itself never be checkpointed. It has a session of its own, so that a Ctrl-C on
+our terminal does not end it in the middle of a call, sees every GPU whatever CUDA_VISIBLE_DEVICES says, and ends when
+our end of its socket is closed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from typing import Final
+
+import msgspec
+
+from checkpoint.cuda_program import Answer, Request
+from checkpoint.errors import CudaError
+
+_END_S: Final = 2.0
+_RECEIVED_BYTES: Final = 1 << 16
+_HIDING: Final = ("CUDA_VISIBLE_DEVICES", "CUDA_MPS_PIPE_DIRECTORY")
+_MEND_HANGS: Final = "processes that share GPU memory with each other (NCCL) can't be checkpointed by this driver"
+
+
+class HelperLostError(CudaError):
+    """The helper ended or missed a deadline in the middle of a request. What the driver did of it is not known."""
+
+
+class Helper:
+    """The client's end of the helper process. For one thread at a time.
+
+    Args:
+        module: the one whose `open_driver()` it calls.
+        timeout_s: how long that may take.
+
+    Raises:
+        CudaError: the driver can't be opened; says why and what to do.
+        HelperLostError: it ended, or opening took too long.
+    """
+
+    def __init__(self, module: str, timeout_s: float) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            environment = {name: value for name, value in os.environ.items() if name not in _HIDING}
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "checkpoint.cuda_program", str(theirs.fileno()), module],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # ours may be a JSON document
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                env=environment,
+            )
+        self._socket = ours
+        self._rest = b""
+        self._serial = 0
+        self._decoder = msgspec.json.Decoder(Answer)
+        try:
+            self.version = self._answer(timeout_s, "opening the driver").text
+        except CudaError:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """It can be asked: it neither ended nor missed a deadline."""
+        return self._process.poll() is None and self._socket.fileno() >= 0
+
+    def ask(self, request: Request, timeout_s: float) -> Answer:
+        """One call into the driver.
+
+        When it is left early, as by a KeyboardInterrupt, the call goes on, and the next request waits for it to end.
+
+        Raises:
+            CudaError: the driver refused; carries its code.
+            HelperLostError: no answer in time, or the helper ended; it is gone then.
+        """
+        what = f"{request.call} of process {request.pid}" if request.pid else request.call
+        try:
+            self._serial += 1
+            self._socket.settimeout(timeout_s)
+            self._socket.sendall(msgspec.json.encode(msgspec.structs.replace(request, serial=self._serial)) + b"\n")
+        except OSError as error:
+            self.close()
+            raise HelperLostError(f"the CUDA helper process is gone ({what} was to come): {error}") from error
+        return self._answer(timeout_s, what)
+
+    def close(self) -> None:
+        """End it: at once if it does not end by itself in 2 s."""
+        self._socket.close()
+        try:
+            self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            # A process in an uninterruptible call of the driver can't be waited for.
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_S)
+
+    def _answer(self, timeout_s: float, what: str) -> Answer:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            answer = self._decoder.decode(self._line(deadline, timeout_s, what))
+            if answer.serial < self._serial:
+                continue  # nobody waited for it any more
+            if answer.failure:
+                raise CudaError(answer.failure, mend=answer.mend, result=answer.result)
+            return answer
+
+    def _line(self, deadline: float, timeout_s: float, what: str) -> bytes:
+        while b"\n" not in self._rest:
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                received = self._socket.recv(_RECEIVED_BYTES)
+            except TimeoutError as error:
+                self._process.kill()
+                self.close()
+                raise HelperLostError(
+                    f"{what}: the CUDA driver did not answer within {timeout_s:.0f} s",
+                    mend=_MEND_HANGS,
+                ) from error
+            except OSError as error:
+                received = b""
+                reason = str(error)
+            else:
+                reason = "it ended"
+            if not received:
+                self.close()
+                status = self._process.poll()
+                raise HelperLostError(f"{what}: the CUDA helper process is gone: {reason}, status {status}")
+            self._rest += received
+        line, self._rest = self._rest.split(b"\n", 1)
+        return line

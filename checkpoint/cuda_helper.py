@@ -1,0 +1,311 @@
+"""The GPU side of a snapshot: every CUDA process of a tree is locked, checkpointed, restored and unlocked, or none is.
+
+The driver is asked through a helper process (`checkpoint.cuda_channel`). Requests have deadlines; when the helper dies
+or misses one, it is given up, and the next request, such as that of an undo, starts another.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Self
+
+from checkpoint.cuda import INVALID_VALUE, NO_DEVICE, NOT_INITIALIZED, NOT_READY, OUT_OF_MEMORY, Pair
+from checkpoint.cuda_channel import Helper, HelperLostError
+from checkpoint.cuda_program import Answer, Request
+from checkpoint.errors import CudaError, RetryError
+from checkpoint.nvml import Device
+from checkpoint.states import State, Step, way
+
+REAL_DRIVER: Final = "checkpoint.cuda"
+_NO_CUDA: Final = frozenset({INVALID_VALUE, NOT_INITIALIZED})
+"""What the driver answers for a process that has no CUDA state."""
+_DEVICE_FILE: Final = "/dev/nvidiactl"
+_MEND_RECOVER: Final = "weightfs snapshot recover puts right what a snapshot left half done"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deadlines:
+    """How long the driver may take before its helper is given up, in seconds.
+
+    Attributes:
+        open_s: to initialise: tens of seconds on hosts with many GPUs and no persistence mode.
+        ask_s: to answer what takes it milliseconds.
+        move_s: to bring one process's GPU memory to the host or back.
+        lock_s: to stop a process's calls on the way of an undo.
+        margin_s: beyond a lock's own timeout, which the driver keeps.
+    """
+
+    open_s: float = 120.0
+    ask_s: float = 20.0
+    move_s: float = 600.0
+    lock_s: float = 10.0
+    margin_s: float = 10.0
+
+
+class Cuda:
+    """The GPU side of a process tree's snapshot. For one thread at a time; a context manager.
+
+    Every operation on several processes either succeeds for all, or leaves each in the state it was found in and
+    raises; processes that could not be brought back are named in the error's `stuck`.
+    """
+
+    def __init__(self, module: str | None = None, deadlines: Deadlines | None = None) -> None:
+        """Open the driver, as `module` has it.
+
+        Raises:
+            CudaError: it can't be opened.
+        """
+        self._module = module or REAL_DRIVER
+        self._deadlines = deadlines or Deadlines()
+        self._helper: Helper | None = Helper(self._module, self._deadlines.open_s)
+        self.version = self._helper.version
+
+    @classmethod
+    def detect(cls) -> Cuda | None:
+        """The driver of this machine; None where there is none. `absence` says why.
+
+        Raises:
+            CudaError: there is one, but it can't be used: a GPU's process can't be snapshotted then.
+        """
+        if absence() is not None:
+            return None
+        try:
+            return cls()
+        except CudaError as error:
+            if error.result == NO_DEVICE:
+                return None
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the helper process."""
+        if self._helper is not None:
+            self._helper.close()
+            self._helper = None
+
+    def devices(self) -> tuple[Device, ...]:
+        """Every GPU, with its memory as it is now."""
+        return self._ask(Request(call="devices"), self._deadlines.ask_s).devices
+
+    def used_bytes(self, pids: Sequence[int]) -> dict[str, int]:
+        """What these processes hold of each GPU, by UUID: what a restore needs there. GPUs not used are left out."""
+        used = {one.uuid: sum(one.used_bytes.get(pid, 0) for pid in pids) for one in self.devices()}
+        return {uuid: count for uuid, count in used.items() if count}
+
+    def find(self, pids: Sequence[int]) -> list[int]:
+        """Which of these processes are CUDA processes, in the order given.
+
+        Raises:
+            CudaError: the driver can't tell of one.
+        """
+        return list(self.states(pids))
+
+    def states(self, pids: Sequence[int]) -> dict[int, State]:
+        """The state of each CUDA process among these; others are left out."""
+        found = {}
+        for pid in pids:
+            try:
+                found[pid] = self._state(pid)
+            except CudaError as error:
+                if error.result not in _NO_CUDA:
+                    raise
+        return found
+
+    def restore_thread(self, pid: int) -> int:
+        """The thread of a CUDA process that carries out what is asked of it, which must run while others are frozen."""
+        return self._ask(Request(call="restore_thread", pid=pid), self._deadlines.ask_s).number
+
+    def lock_all(self, pids: Sequence[int], timeout_s: float) -> None:
+        """Let each finish the GPU work it has begun, and stop its CUDA calls.
+
+        Args:
+            pids: CUDA processes that run.
+            timeout_s: for all of them together.
+
+        Raises:
+            RetryError: one did not come to rest in time; all run again.
+            CudaError: see the class.
+        """
+        self._all(Step.LOCK, pids, deadline=time.monotonic() + timeout_s)
+
+    def checkpoint_all(self, pids: Sequence[int]) -> None:
+        """Bring the GPU memory of processes that are locked into their host memory."""
+        self._all(Step.CHECKPOINT, pids)
+
+    def restore_all(
+        self,
+        pids: Sequence[int],
+        pairs: Sequence[Pair] = (),
+        *,
+        needed_bytes: Mapping[str, int] | None = None,
+    ) -> None:
+        """Bring it back onto the GPUs. The processes stay locked.
+
+        Args:
+            pids: CUDA processes that are checkpointed.
+            pairs: which GPU here takes the place of which in the snapshot: none, or every GPU of the machine.
+            needed_bytes: what they held of each GPU, by its UUID in the snapshot; looked for before anything is done.
+
+        Raises:
+            RetryError: a GPU has too little memory free now. Nothing was done.
+            CudaError: see the class. A process whose restore failed for lack of memory can only be ended: the driver
+                refuses it ever after. It counts as stuck.
+        """
+        self.require_free(needed_bytes or {}, pairs)
+        self._all(Step.RESTORE, pids, pairs=tuple(pairs))
+
+    def unlock_all(self, pids: Sequence[int]) -> None:
+        """Let processes that are locked go on. One that can't be does not keep the others locked.
+
+        Raises:
+            CudaError: one was not locked, and nothing was done; or some are stuck, which it names.
+        """
+        self._require(Step.UNLOCK, pids)
+        self.settle(dict.fromkeys(pids, State.RUNNING))
+
+    def settle(self, wanted: Mapping[int, State]) -> None:
+        """Bring each process into the state wanted, by whatever way leads there: what a journal or an undo asks for.
+
+        Raises:
+            CudaError: some could not be; they are its `stuck`. The others are.
+        """
+        stuck = {pid: word for pid, state in wanted.items() if (word := self._brought(pid, state)) is not None}
+        if stuck:
+            raise CudaError(_listed(stuck), mend=_mend(stuck), stuck=stuck)
+
+    def require_free(self, needed_bytes: Mapping[str, int], pairs: Sequence[Pair] = ()) -> None:
+        """See that each GPU has the memory free that a restore needs there.
+
+        Raises:
+            RetryError: one has not. The figures of a GPU that is not here are left to `checkpoint.fingerprint`.
+        """
+        if not needed_bytes:
+            return
+        onto = dict(pairs)
+        free = {one.uuid: one for one in self.devices()}
+        for uuid, needed in needed_bytes.items():
+            device = free.get(onto.get(uuid, uuid))
+            if device is not None and device.free_bytes < needed:
+                raise RetryError(
+                    f"{device.name} ({device.uuid}) has {device.free_bytes >> 20} MiB free,"
+                    f" and {needed >> 20} MiB are needed",
+                    mend="nvidia-smi shows who uses it",
+                )
+
+    def _all(
+        self,
+        step: Step,
+        pids: Sequence[int],
+        *,
+        pairs: tuple[Pair, ...] = (),
+        deadline: float | None = None,
+    ) -> None:
+        self._require(step, pids)
+        touched: list[int] = []
+        for pid in pids:
+            try:
+                self._take(step, pid, pairs=pairs, deadline=deadline)
+            except CudaError as error:
+                raise self._undone(step, pid, error, touched) from error
+            touched.append(pid)
+
+    def _require(self, step: Step, pids: Sequence[int]) -> None:
+        """See that each is in the state a step starts from, before the first one is touched."""
+        for pid in pids:
+            if (state := self._state(pid)) is not step.before:
+                raise CudaError(f"process {pid} is {state.word}, and can't be {_PAST[step]}", mend=_MEND_RECOVER)
+
+    def _take(self, step: Step, pid: int, *, pairs: tuple[Pair, ...] = (), deadline: float | None = None) -> None:
+        timeout_ms = 0
+        timeout_s = self._deadlines.ask_s if step is Step.UNLOCK else self._deadlines.move_s
+        if step is Step.LOCK:
+            left_s = self._deadlines.lock_s if deadline is None else deadline - time.monotonic()
+            timeout_ms = max(1, int(left_s * 1000))  # 0 would wait for ever
+            timeout_s = timeout_ms / 1000 + self._deadlines.margin_s
+        self._ask(Request(call=step.value, pid=pid, timeout_ms=timeout_ms, pairs=pairs), timeout_s)
+
+    def _undone(self, step: Step, failed: int, error: CudaError, touched: Sequence[int]) -> Exception:
+        """Bring everything back to where it was, and say how that went."""
+        # The one that failed last: a call about it may hang until those it shares GPU memory with are unlocked.
+        order = [*reversed(touched), failed]
+        stuck = {pid: word for pid in order if (word := self._brought(pid, step.before)) is not None}
+        if step is Step.RESTORE and error.result == OUT_OF_MEMORY:
+            stuck[failed] = State.CHECKPOINTED.word  # where it was found, but no way leads on from there any more
+        if stuck:
+            return CudaError(f"{error.message}; {_listed(stuck)}", mend=_mend(stuck), result=error.result, stuck=stuck)
+        if step is Step.LOCK and error.result == NOT_READY:
+            return RetryError(f"process {failed} did not come to rest in time: its GPU work or a CUDA call goes on")
+        return CudaError(error.message, mend=error.mend, result=error.result)
+
+    def _brought(self, pid: int, wanted: State) -> str | None:
+        """None once a process is in a state or gone; else the word for where it stays."""
+        now: State | None = None
+        try:
+            now = self._state(pid)
+            steps = way(now, wanted)
+            if steps is None:
+                return now.word
+            for step in steps:
+                self._take(step, pid)
+                now = step.after
+        except CudaError as error:
+            if _alive(pid):
+                _log.warning("process %d can't be brought to %s: %s", pid, wanted.word, error)
+                return now.word if now is not None else "unknown"
+        return None
+
+    def _state(self, pid: int) -> State:
+        return State(self._ask(Request(call="state", pid=pid), self._deadlines.ask_s).number)
+
+    def _ask(self, request: Request, timeout_s: float) -> Answer:
+        # One that ended while nothing was asked of it has left nothing half done.
+        if self._helper is None or not self._helper.alive:
+            self.close()
+            self._helper = Helper(self._module, self._deadlines.open_s)
+        try:
+            return self._helper.ask(request, timeout_s)
+        except HelperLostError:
+            self._helper = None
+            raise
+
+
+_PAST: Final = {
+    Step.LOCK: "locked",
+    Step.CHECKPOINT: "checkpointed",
+    Step.RESTORE: "restored",
+    Step.UNLOCK: "unlocked",
+}
+
+
+def absence() -> str | None:
+    """Why this machine has no GPU to checkpoint, None if it has: by its device file, without opening anything."""
+    if not os.path.exists(_DEVICE_FILE):
+        return f"no Nvidia driver: there is no {_DEVICE_FILE}"
+    return None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except OSError:
+        return False
+
+
+def _listed(stuck: Mapping[int, str]) -> str:
+    return ", ".join(f"process {pid} is stuck: {word}" for pid, word in stuck.items())
+
+
+def _mend(stuck: Mapping[int, str]) -> str:
+    return f"end what is stuck: kill -9 {' '.join(str(pid) for pid in stuck)}"

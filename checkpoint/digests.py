@@ -1,0 +1,141 @@
+"""BLAKE3 of files, in threads.
+
+Files are read, never mapped: whoever truncates a mapped file kills its readers (SIGBUS).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+import blake3
+
+from checkpoint.errors import CheckpointError, RetryError
+
+_PIECE_BYTES: Final = 4 << 20
+_SERIAL_BYTES: Final = 1 << 20
+"""From here on the threads of one hasher pay for what handing out the work costs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """A file's state as stat(2) tells it: while it stays, so do the bytes.
+
+    Attributes:
+        device, inode: `st_dev` and `st_ino`; `st_dev` changes when the machine starts anew.
+        nbytes: its size.
+        mtime_ns, ctime_ns: since the epoch. Who rewrites a file can set its mtime back, but not its ctime.
+    """
+
+    device: int
+    inode: int
+    nbytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Identity:
+        """The part of a stat that identifies content."""
+        return cls(
+            device=found.st_dev,
+            inode=found.st_ino,
+            nbytes=found.st_size,
+            mtime_ns=found.st_mtime_ns,
+            ctime_ns=found.st_ctime_ns,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Digested:
+    """A file that was read to its end.
+
+    Attributes:
+        blake3: 64 hexadecimal digits.
+        identity: the file's, the same before and after it was read.
+        started_ns: when reading began, since the epoch; 0 where it was not read.
+    """
+
+    blake3: str
+    identity: Identity
+    started_ns: int
+
+
+def digest_file(path: str, *, dir_fd: int | None = None, follow: bool = True) -> Digested:
+    """BLAKE3 of a file's bytes.
+
+    Args:
+        path: of a regular file.
+        dir_fd: the folder that a relative path is below.
+        follow: whether `path` may be a symlink.
+
+    Raises:
+        CheckpointError: it can't be read.
+        RetryError: it changed meanwhile.
+    """
+    try:
+        # Without O_NONBLOCK a FIFO would be waited for.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+        fd = os.open(path, flags, dir_fd=dir_fd)
+    except OSError as e:
+        raise _unreadable(path, e) from e
+    started_ns = time.time_ns()
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError("is no regular file", path=path)
+        before = Identity.of(found)
+        digest, nbytes = _digest(fd, before.nbytes)
+        after = Identity.of(os.fstat(fd))
+    except OSError as e:
+        raise _unreadable(path, e) from e
+    finally:
+        os.close(fd)
+    if before != after or nbytes != before.nbytes:
+        raise RetryError("changed while it was read", path=path, mend="try again when nobody writes it")
+    return Digested(blake3=digest, identity=after, started_ns=started_ns)
+
+
+def digest_files(paths: Iterable[str], *, dir_fd: int | None = None, follow: bool = True) -> dict[str, Digested]:
+    """BLAKE3 of many files, several at a time; see `digest_file`."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        running = {path: pool.submit(digest_file, path, dir_fd=dir_fd, follow=follow) for path in paths}
+        return {path: future.result() for path, future in running.items()}
+
+
+def sync_files(paths: Iterable[str]) -> None:
+    """fsync(2) of many files, several at a time.
+
+    Raises:
+        OSError: one did not reach the disk.
+    """
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for _ in pool.map(_sync, paths):
+            pass
+
+
+def _sync(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _digest(fd: int, nbytes: int) -> tuple[str, int]:
+    """The digest of what can be read, and how many bytes that were."""
+    hasher = blake3.blake3(max_threads=1 if nbytes < _SERIAL_BYTES else blake3.blake3.AUTO)
+    buffer = memoryview(bytearray(min(_PIECE_BYTES, nbytes + 1)))
+    total = 0
+    while count := os.preadv(fd, [buffer], total):
+        hasher.update(buffer[:count])
+        total += count
+    return hasher.hexdigest(), total
+
+
+def _unreadable(path: str, error: OSError) -> CheckpointError:
+    return CheckpointError(f"can't be read: {os.strerror(error.errno or 0)}", path=path)

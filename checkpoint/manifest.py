@@ -1,0 +1,245 @@
+"""What a snapshot is, as its manifest says: the document `manifest.json` of a snapshot's folder.
+
+The file is one JSON document on one line, `{"blake3": DIGEST, "manifest": {...}}`, the digest being that of the inner
+document's bytes as they stand: no byte of it can change unnoticed. It protects against damage, not against forgers; the
+store does that, by owner and mode.
+
+Names and command lines are bytes on Linux. They are kept as `os.fsdecode` gives them: what is no UTF-8 becomes lone
+surrogates, which JSON escapes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import Annotated, Any, Final
+
+import blake3
+import msgspec
+
+from checkpoint.errors import CorruptError, MisfitError, SnapshotNameError
+from checkpoint.fingerprint import Fingerprint
+
+VERSION: Final = 1
+"""Of the schema. Whoever adds, removes or reinterprets a key raises it; older ones are still read."""
+
+MOST_BYTES: Final = 64 << 20
+"""A manifest is never larger than this: tens of thousands of weights and images take 10 MiB."""
+
+_SNAPSHOT_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
+_IMAGE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:=+-]{0,254}", re.ASCII)
+_BEFORE_DIGEST: Final = b'{"blake3": "'
+_BEFORE_MANIFEST: Final = b'", "manifest": '
+_END: Final = b"}\n"
+_DIGEST_AT: Final = len(_BEFORE_DIGEST)
+_MANIFEST_AT: Final = _DIGEST_AT + 64 + len(_BEFORE_MANIFEST)
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Id = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+
+
+class Mount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The weightfs mount the process reads its weights from.
+
+    Attributes:
+        mountpoint: absolute, as the process sees it.
+        source: the folder it shows.
+    """
+
+    mountpoint: str
+    source: str
+
+
+class Weight(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A weight file that a process has open or mapped.
+
+    Attributes:
+        path: relative to the mountpoint; absolute where it lies on no mount.
+        mountpoint: of the mount it lies on, None where it lies on none.
+        nbytes: its size.
+        blake3: of its bytes, 64 hexadecimal digits.
+    """
+
+    path: str
+    mountpoint: str | None
+    nbytes: Count
+    blake3: Digest
+
+
+class ImageFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A file of the folder `images`.
+
+    Attributes:
+        name: without any folder.
+        nbytes: its size.
+        blake3: of its bytes, 64 hexadecimal digits.
+    """
+
+    name: str
+    nbytes: Count
+    blake3: Digest
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All that is known of a snapshot.
+
+    Attributes:
+        version: of this schema.
+        name: under which the store has it.
+        id: of this snapshot among all there are: random, 32 hexadecimal digits.
+        created_ns: when, since the epoch.
+        generation: how often its processes had been restored when they were dumped.
+        root_pid: the process that CRIU was given.
+        pids: of all processes of the tree, the root's included.
+        command: the root's command line. Nothing of its environment is kept.
+        cuda_pids: those of them that use CUDA.
+        gpu_bytes: what they held of each GPU, by its UUID.
+        stdio: what descriptors 0, 1 and 2 of the root led to.
+        replaced: what of that is given anew at a restore: descriptor, CRIU's name for it, path of a log file or empty.
+        listeners: the TCP sockets that listened, as `ADDRESS:PORT`.
+        cwd: the root's working folder.
+        mount: where the weights come from, None where they lie on no weightfs mount.
+        fingerprint: the machine it was made on.
+        weights: every weight file in use.
+        files: every file of the folder `images`; `Draft.commit` fills it in.
+        phases: how long each phase of making it took, in seconds, by name.
+        point: the folder in which the process waits to be let go, None where it does not.
+        hooks: whether the process itself said that it is warm, and so may have reseeded itself.
+        bytes_logical: what a restore reads: the sum of `files`; `Draft.commit` fills it in.
+        criu_options: those that restore needs as well, by name without dashes.
+    """
+
+    version: Count = VERSION
+    name: str
+    id: Id
+    created_ns: Count
+    generation: Count = 0
+    root_pid: Count
+    pids: list[Count]
+    command: list[str]
+    cuda_pids: list[Count] = []
+    gpu_bytes: dict[str, Count] = {}
+    stdio: list[str] = []
+    replaced: list[tuple[int, str, str]] = []
+    listeners: list[str] = []
+    cwd: str
+    mount: Mount | None = None
+    fingerprint: Fingerprint
+    weights: list[Weight] = []
+    files: list[ImageFile] = []
+    phases: dict[str, float] = {}
+    point: str | None = None
+    hooks: bool = False
+    bytes_logical: Count = 0
+    criu_options: dict[str, Any] = {}
+
+
+def require_name(name: str) -> None:
+    """Refuse what can't be a snapshot's name: letters, digits, `.`, `_` and `-`, 128 at most, no dot or dash first.
+
+    Raises:
+        SnapshotNameError: it is none.
+    """
+    if not _SNAPSHOT_NAME.fullmatch(name):
+        raise SnapshotNameError(
+            f"{name!r} can't be a snapshot's name",
+            mend="use up to 128 letters, digits, dots, dashes and underscores, a letter or digit first",
+        )
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of a snapshot may be called so: it stays in its folder and steers no terminal."""
+    return _IMAGE_NAME.fullmatch(name) is not None
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The content of `manifest.json`.
+
+    Raises:
+        ValueError: a number in it is none that JSON has.
+    """
+    inner = json.dumps(msgspec.to_builtins(manifest), ensure_ascii=True, allow_nan=False).encode("ascii")
+    digest = blake3.blake3(inner).hexdigest().encode("ascii")
+    return _BEFORE_DIGEST + digest + _BEFORE_MANIFEST + inner + _END
+
+
+def decode(content: bytes, path: str) -> Manifest:
+    """What the content of a `manifest.json` says.
+
+    Args:
+        content: all of it.
+        path: where it was read, for errors.
+
+    Raises:
+        CorruptError: it is not what `encode` gave, or names something outside the snapshot.
+        MisfitError: a newer weightfs wrote it.
+    """
+    if not (
+        content.startswith(_BEFORE_DIGEST)
+        and content[_DIGEST_AT + 64 : _MANIFEST_AT] == _BEFORE_MANIFEST
+        and content.endswith(_END)
+    ):
+        raise _corrupt("is no manifest of a snapshot", path)
+    inner = content[_MANIFEST_AT : -len(_END)]
+    if blake3.blake3(inner).hexdigest().encode("ascii") != content[_DIGEST_AT : _DIGEST_AT + 64]:
+        raise _corrupt("does not have the digest it was written with", path)
+    try:
+        document = json.loads(inner, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as e:
+        raise _corrupt(f"is not JSON: {e}", path) from e
+    version = document.get("version") if isinstance(document, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        raise MisfitError(
+            f"was written by a newer weightfs (schema {version}, this one reads up to {VERSION})",
+            path=path,
+            mend="restore it with the version that made it",
+        )
+    try:
+        manifest = msgspec.convert(document, Manifest)
+    except (msgspec.ValidationError, RecursionError, UnicodeError) as e:
+        raise _corrupt(f"does not follow the schema: {e}", path) from e
+    if fault := _fault_of(manifest):
+        raise _corrupt(fault, path)
+    return manifest
+
+
+def _fault_of(manifest: Manifest) -> str | None:
+    """What is wrong with the names in it."""
+    if not _SNAPSHOT_NAME.fullmatch(manifest.name):
+        return f"names the snapshot {manifest.name!r}"
+    names = [file.name for file in manifest.files]
+    for name in names:
+        if not is_image_name(name):
+            return f"names an image {name!r}"
+    if len(set(names)) != len(names):
+        return "names an image twice"
+    if manifest.mount is not None and not _is_plain(manifest.mount.mountpoint, absolute=True):
+        return f"names a mountpoint {manifest.mount.mountpoint!r}"
+    for weight in manifest.weights:
+        if weight.mountpoint is not None and not _is_plain(weight.mountpoint, absolute=True):
+            return f"names a mountpoint {weight.mountpoint!r}"
+        if weight.path == "/" or not _is_plain(weight.path, absolute=weight.mountpoint is None):
+            return f"names a weight file {weight.path!r}"
+    return None
+
+
+def _is_plain(path: str, *, absolute: bool) -> bool:
+    """Whether a path is written in the one way that leads nowhere else: no `..`, no empty part, no NUL."""
+    return (
+        path not in ("", ".")
+        and "\0" not in path
+        and path.startswith("/") is absolute
+        and ".." not in path.split("/")
+        and os.path.normpath(path) == path
+        and not path.startswith("//")
+    )
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def _corrupt(message: str, path: str) -> CorruptError:
+    return CorruptError(message, path=path, mend="make the snapshot anew")

@@ -1,0 +1,109 @@
+"""A snapshot on the disk: examined before anything in it is believed."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from typing import Final
+
+from checkpoint import guarded, manifest
+from checkpoint.digests import digest_files
+from checkpoint.errors import CorruptError, RetryError
+from checkpoint.manifest import Manifest
+
+MANIFEST: Final = "manifest.json"
+IMAGES: Final = "images"
+_ANEW: Final = "make the snapshot anew"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """A complete snapshot whose names, owners, modes and sizes are as its manifest says.
+
+    Attributes:
+        manifest: what it says.
+        folder: of the snapshot, absolute.
+        bytes_stored: what it takes on the disk.
+    """
+
+    manifest: Manifest
+    folder: str
+    bytes_stored: int
+
+    @property
+    def images(self) -> str:
+        """The folder for CRIU to read; its log and statistics go elsewhere (`--work-dir`), for nothing may be added."""
+        return os.path.join(self.folder, IMAGES)
+
+    def verify(self) -> int:
+        """Read every image, and compare its digest; gives how many bytes that were.
+
+        Raises:
+            CorruptError: one is not what was written.
+        """
+        wanted = {os.path.join(self.images, file.name): file for file in self.manifest.files}
+        try:
+            found = digest_files(wanted, follow=False)
+        except RetryError as e:
+            raise CorruptError("changed while it was read", path=e.path, mend=_ANEW) from e
+        for path, file in wanted.items():
+            if found[path].blake3 != file.blake3 or found[path].identity.nbytes != file.nbytes:
+                raise CorruptError("its bytes are not those that were written", path=path, mend=_ANEW)
+        return self.manifest.bytes_logical
+
+
+def examined(name: str, folder: str) -> Snapshot:
+    """The snapshot in a folder, once all that lies there is what the manifest says; images are not read.
+
+    Args:
+        name: it must have.
+        folder: where it lies; absolute.
+
+    Raises:
+        CorruptError: it is not what the store wrote, or others could have written it.
+        MisfitError: a newer weightfs wrote it.
+        CheckpointError: it can't be read.
+    """
+    with (
+        guarded.opened(folder, guarded.FOLDER, folder) as folder_fd,
+        guarded.opened(IMAGES, guarded.FOLDER, os.path.join(folder, IMAGES), dir_fd=folder_fd) as images_fd,
+        guarded.opened(MANIFEST, guarded.FILE, os.path.join(folder, MANIFEST), dir_fd=folder_fd) as manifest_fd,
+    ):
+        try:
+            return _examined(name, folder, folder_fd, images_fd, manifest_fd)
+        except OSError as e:
+            raise guarded.unreadable(folder, e) from e
+
+
+def _examined(name: str, folder: str, folder_fd: int, images_fd: int, manifest_fd: int) -> Snapshot:
+    """A snapshot, once all that lies in its folder is what the manifest says."""
+    path = os.path.join(folder, MANIFEST)
+    if os.fstat(manifest_fd).st_size > manifest.MOST_BYTES:
+        raise CorruptError("is too large for a manifest", path=path, mend=_ANEW)
+    with open(manifest_fd, "rb", closefd=False) as content:
+        said = manifest.decode(content.read(manifest.MOST_BYTES), path)
+    if said.name != name:
+        raise CorruptError(f"is that of the snapshot {said.name}", path=path, mend=f"call the folder {said.name}")
+    _require_entries(folder_fd, {MANIFEST, IMAGES}, folder)
+    images = os.path.join(folder, IMAGES)
+    _require_entries(images_fd, {file.name for file in said.files}, images)
+    stored = os.fstat(manifest_fd).st_blocks * 512
+    for file in said.files:
+        where = os.path.join(images, file.name)
+        found = os.stat(file.name, dir_fd=images_fd, follow_symlinks=False)
+        if not stat.S_ISREG(found.st_mode):
+            raise CorruptError("is no regular file", path=where, mend=_ANEW)
+        guarded.require_ours(found, where)
+        if found.st_size != file.nbytes:
+            raise CorruptError(f"has {found.st_size} bytes, not the {file.nbytes} written", path=where, mend=_ANEW)
+        stored += found.st_blocks * 512
+    return Snapshot(manifest=said, folder=folder, bytes_stored=stored)
+
+
+def _require_entries(fd: int, wanted: set[str], path: str) -> None:
+    found = set(os.listdir(fd))
+    if missing := sorted(wanted - found):
+        raise CorruptError("is missing", path=os.path.join(path, missing[0]), mend=_ANEW)
+    if extra := sorted(found - wanted):
+        raise CorruptError("does not belong to the snapshot", path=os.path.join(path, extra[0]), mend="remove it")

@@ -1,0 +1,322 @@
+"""Where snapshots lie: a folder each, written under a temporary name, and renamed when it is complete and on the disk.
+
+    STORE/                      0700
+        NAME/                   0700; it has this name only when all of it is on the disk
+            manifest.json       0600
+            images/             0700; what CRIU wrote, flat
+        .draft.NAME.RANDOM/     being written, being removed, or left over by a process that died
+
+Nothing else changes what is in a snapshot. Whoever makes one holds a flock on its draft's folder, whoever restores one
+a shared flock on its folder, whoever removes or replaces one an exclusive one; the kernel drops them with the process.
+Programs that are executed do not inherit the descriptors. What has a temporary name and is not locked is left over.
+
+A process may be killed at any instruction: under NAME there is then the old snapshot, the new one, or (if there was no
+old one) none. `recover` removes what is left over. Whoever needs both locks takes the store's last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from checkpoint import guarded, manifest
+from checkpoint.drafts import PREFIX, Draft
+from checkpoint.errors import CheckpointError, MisfitError, RetryError, SnapshotNameError
+from checkpoint.locking import flock, leads_to
+from checkpoint.snapshots import IMAGES, Snapshot, examined
+from weightfs import linux
+
+__all__ = ["DEFAULT", "Draft", "Listed", "Snapshot", "Store"]
+
+DEFAULT: Final = "/var/lib/weightfs/snapshots"
+_STORE_S: Final = 10.0
+_IN_USE_S: Final = 30.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listed:
+    """A name in the store.
+
+    Attributes:
+        name: of the snapshot.
+        snapshot: what lies there, None where that can't be used.
+        fault: why it can't.
+    """
+
+    name: str
+    snapshot: Snapshot | None
+    fault: CheckpointError | None
+
+
+class Store:
+    """The snapshots in a folder. Every method may be called from any process at any time.
+
+    Args:
+        path: the folder; `begin` makes it if need be.
+    """
+
+    def __init__(self, path: str = DEFAULT) -> None:
+        self.path = os.path.abspath(path)
+
+    def require_new(self, name: str, *, replace: bool) -> None:
+        """Refuse a name before a process is started for it; see `begin`."""
+        manifest.require_name(name)
+        if not replace:
+            self._require_free(name)
+
+    def begin(self, name: str, *, replace: bool = False) -> Draft:
+        """Begin a snapshot.
+
+        Args:
+            name: see `manifest.require_name`.
+            replace: whether one that has that name makes way when the new one is complete.
+
+        Raises:
+            SnapshotNameError: it can't be a name, or there is one already that is not to be replaced.
+            RetryError: one of that name is being made.
+            CorruptError: others may write the store.
+            CheckpointError: the store can't be written.
+        """
+        manifest.require_name(name)
+        try:
+            os.makedirs(self.path, mode=0o700, exist_ok=True)
+        except OSError as e:
+            raise guarded.unwritable(self.path, e) from e
+        with self._locked() as store_fd:
+            if not replace:
+                self._require_free(name)
+            for left in self._drafts(store_fd):
+                if _draft_name(left) == name and not self._is_left_over(store_fd, left):
+                    raise RetryError(
+                        "is being made by another process", path=self._at(name), mend="wait until it is done"
+                    )
+            folder = self._at(_temporary(name))
+            lock_fd = -1
+            try:
+                os.mkdir(folder, 0o700)
+                lock_fd = os.open(folder, guarded.FOLDER)
+                flock(lock_fd, fcntl.LOCK_EX, 0)
+                os.mkdir(IMAGES, 0o700, dir_fd=lock_fd)
+            except OSError as e:
+                if lock_fd >= 0:
+                    os.close(lock_fd)
+                shutil.rmtree(folder, ignore_errors=True)
+                raise guarded.unwritable(folder, e) from e
+            return Draft(name, folder, lock_fd, lambda: self._publish(folder, name, replace=replace))
+
+    def open(self, name: str) -> Snapshot:
+        """A snapshot; examined, but its images are not read: see `Snapshot.verify`.
+
+        Hold `lock(name, shared=True)` for as long as it is used.
+
+        Raises:
+            SnapshotNameError: there is none.
+            CorruptError: it is not what the store wrote, or others could have written it.
+            MisfitError: a newer weightfs wrote it.
+        """
+        manifest.require_name(name)
+        folder = self._at(name)
+        if not os.path.lexists(folder):
+            raise self._unknown(name)
+        guarded.require_path_ours(self.path)
+        return examined(name, folder)
+
+    def verify(self, name: str) -> Snapshot:
+        """A snapshot whose every byte is what was written; errors are those of `open` and `Snapshot.verify`."""
+        with self.lock(name, shared=True):
+            snapshot = self.open(name)
+            snapshot.verify()
+            return snapshot
+
+    def list(self) -> tuple[Listed, ...]:
+        """All snapshots by name; one that can't be used comes with the reason. A store that is not there is empty.
+
+        Raises:
+            CheckpointError: the store can't be read.
+        """
+        found = []
+        for name in self._names():
+            try:
+                found.append(Listed(name=name, snapshot=self.open(name), fault=None))
+            except SnapshotNameError:
+                continue  # removed since it was listed, or not one of ours
+            except CheckpointError as e:
+                found.append(Listed(name=name, snapshot=None, fault=e))
+        return tuple(found)
+
+    def remove(self, name: str) -> None:
+        """Remove a snapshot, whatever state it is in.
+
+        Raises:
+            SnapshotNameError: there is none.
+            RetryError: it is in use.
+            CheckpointError: it can't be removed.
+        """
+        manifest.require_name(name)
+        folder, temporary = self._at(name), self._at(_temporary(name))
+        with contextlib.ExitStack() as held:
+            if os.path.isdir(folder) and not os.path.islink(folder):
+                held.enter_context(self.lock(name))
+            try:
+                with self._locked() as store_fd:
+                    os.rename(folder, temporary)
+                    os.fsync(store_fd)
+                _remove(temporary)
+            except FileNotFoundError as e:
+                raise self._unknown(name) from e
+            except OSError as e:
+                raise guarded.unwritable(folder, e) from e
+
+    @contextlib.contextmanager
+    def lock(self, name: str, *, shared: bool = False, timeout_s: float = 0) -> Iterator[None]:
+        """Keep a snapshot from being removed or replaced, and (not shared) from being used.
+
+        Args:
+            name: of the snapshot.
+            shared: whether others may hold it so as well.
+            timeout_s: how long to wait for whoever holds it, in seconds.
+
+        Raises:
+            SnapshotNameError: there is none.
+            RetryError: it is held.
+        """
+        manifest.require_name(name)
+        folder = self._at(name)
+        how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        until = time.monotonic() + timeout_s
+        while True:
+            try:
+                fd = os.open(folder, guarded.FOLDER)
+            except FileNotFoundError as e:
+                raise self._unknown(name) from e
+            except OSError as e:
+                raise guarded.unreadable(folder, e) from e
+            try:
+                if not flock(fd, how, until):
+                    raise RetryError("is in use", path=folder, mend="try again when no restore reads it")
+                if leads_to(folder, fd):  # and was not replaced while it was waited for
+                    yield
+                    return
+            finally:
+                os.close(fd)
+
+    def recover(self) -> tuple[str, ...]:
+        """Remove what processes that died have left; gives the names of the snapshots they were making or removing.
+
+        What CRIU still writes must be ended before.
+
+        Raises:
+            CheckpointError: it can't be removed.
+        """
+        if not os.path.isdir(self.path):
+            return ()
+        removed = []
+        with self._locked() as store_fd:
+            for left in self._drafts(store_fd):
+                if self._is_left_over(store_fd, left):
+                    try:
+                        _remove(self._at(left))
+                    except OSError as e:
+                        raise guarded.unwritable(self._at(left), e) from e
+                    removed.append(_draft_name(left))
+        return tuple(removed)
+
+    def _publish(self, folder: str, name: str, *, replace: bool) -> Snapshot:
+        """Give a complete draft its name; what had that name is then in the draft's folder."""
+        target = self._at(name)
+        while True:
+            with contextlib.ExitStack() as held:
+                is_there = os.path.lexists(target)
+                if is_there:
+                    if not replace:
+                        self._require_free(name)
+                    # Before the store's lock, which nobody holds while he waits.
+                    held.enter_context(self.lock(name, timeout_s=_IN_USE_S))
+                store_fd = held.enter_context(self._locked())
+                if os.path.lexists(target) is not is_there:
+                    continue  # somebody else was faster
+                try:
+                    if is_there:
+                        linux.exchange(store_fd, os.path.basename(folder), name)
+                    else:
+                        os.rename(folder, target)
+                    os.fsync(store_fd)
+                except OSError as e:
+                    if is_there and e.errno in (errno.EINVAL, errno.ENOSYS):
+                        raise MisfitError(
+                            "its filesystem can't replace a folder at once",
+                            path=self.path,
+                            mend=f"remove {name} first, or keep snapshots on ext4, XFS or btrfs",
+                        ) from e
+                    raise guarded.unwritable(target, e) from e
+                return self.open(name)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[int]:
+        """The store's own lock, held for moments; gives a descriptor of its folder."""
+        guarded.require_path_ours(self.path)
+        with guarded.opened(self.path, guarded.FOLDER & ~os.O_NOFOLLOW, self.path) as fd:
+            if not flock(fd, fcntl.LOCK_EX, time.monotonic() + _STORE_S):
+                raise RetryError("is locked by another process", path=self.path, mend="try again")
+            yield fd
+
+    def _names(self) -> tuple[str, ...]:
+        try:
+            return tuple(sorted(name for name in os.listdir(self.path) if not name.startswith(".")))
+        except FileNotFoundError:
+            return ()
+        except OSError as e:
+            raise guarded.unreadable(self.path, e) from e
+
+    def _drafts(self, store_fd: int) -> tuple[str, ...]:
+        return tuple(sorted(name for name in os.listdir(store_fd) if name.startswith(PREFIX)))
+
+    def _is_left_over(self, store_fd: int, temporary: str) -> bool:
+        try:
+            fd = os.open(temporary, guarded.FOLDER, dir_fd=store_fd)
+        except OSError:  # no folder: nobody makes a snapshot in it
+            return True
+        try:
+            return flock(fd, fcntl.LOCK_EX, 0)
+        finally:
+            os.close(fd)
+
+    def _require_free(self, name: str) -> None:
+        if os.path.lexists(self._at(name)):
+            raise SnapshotNameError(
+                "there is a snapshot of that name already", path=self._at(name), mend="use --replace or another name"
+            )
+
+    def _unknown(self, name: str) -> SnapshotNameError:
+        return SnapshotNameError(
+            f"there is no snapshot {name!r}", path=self.path, mend="weightfs snapshot list shows those there are"
+        )
+
+    def _at(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+
+def _temporary(name: str) -> str:
+    return f"{PREFIX}{name}.{secrets.token_hex(4)}"
+
+
+def _draft_name(temporary: str) -> str:
+    return temporary.removeprefix(PREFIX).rpartition(".")[0]
+
+
+def _remove(path: str) -> None:
+    """Remove a folder or anything else, whoever else is at it as well."""
+    if os.path.islink(path) or not os.path.isdir(path):
+        os.unlink(path)
+        return
+    shutil.rmtree(path, ignore_errors=True)
+    if os.path.lexists(path):
+        shutil.rmtree(path)  # for the reason

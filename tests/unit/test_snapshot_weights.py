@@ -1,0 +1,121 @@
+"""Weight files of a snapshot: recognised by what is in them, wherever they are mounted."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoint import weights
+from checkpoint.digest_cache import DigestCache
+from checkpoint.errors import CheckpointError, CorruptError, MisfitError
+from checkpoint.manifest import Manifest, Mount
+from checkpoint.weights import check_weights, identify, unchanged_since
+from tests.helpers.snapshots import FINGERPRINT
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    folder = tmp_path / "models"
+    (folder / "llama").mkdir(parents=True)
+    for name in ("one", "two"):
+        path = folder / "llama" / f"{name}.safetensors"
+        path.write_bytes(name.encode() * 1000)
+        os.utime(path, (1, 1))
+    return folder
+
+
+def manifest(models: Path, **changes: Any) -> Manifest:
+    found = identify([str(path) for path in models.rglob("*.safetensors")], mountpoints=[str(models)])
+    values: dict[str, Any] = {
+        "name": "warm",
+        "id": "0" * 32,
+        "created_ns": 0,
+        "root_pid": 1,
+        "pids": [1],
+        "command": [],
+        "cwd": "/",
+        "fingerprint": FINGERPRINT,
+        "mount": Mount(mountpoint=str(models), source="/srv"),
+        "weights": list(found.weights),
+    }
+    return Manifest(**(values | changes))
+
+
+def test_what_lies_on_a_mount_is_known_by_its_path_below_it(models: Path, tmp_path: Path) -> None:
+    beside = tmp_path / "models-not"
+    beside.write_bytes(b"x")
+    found = identify([str(beside), str(models / "llama" / "one.safetensors")], mountpoints=[str(models)])
+    assert {(one.path, one.mountpoint, one.nbytes) for one in found.weights} == {
+        (str(beside), None, 1),
+        ("llama/one.safetensors", str(models), 3000),
+    }
+    unchanged_since(found.identities)
+
+
+def test_the_same_weights_pass_also_at_another_mountpoint(models: Path, tmp_path: Path) -> None:
+    said = manifest(models)
+    assert set(check_weights(said)) == {str(models / "llama" / f"{name}.safetensors") for name in ("one", "two")}
+    elsewhere = tmp_path / "elsewhere"
+    models.rename(elsewhere)
+    with pytest.raises(MisfitError, match="not there"):
+        check_weights(said)
+    identities = check_weights(said, str(elsewhere))
+    unchanged_since(identities)
+
+
+def test_weights_are_found_below_the_root_of_another_mount_namespace(models: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    models.rename(root / "models")
+    found = identify(["/models/llama/one.safetensors"], mountpoints=["/models"], root=str(root))
+    assert found.weights[0].path == "llama/one.safetensors"
+    said = manifest(root / "models", mount=None, weights=list(found.weights))
+    assert list(check_weights(said, root=str(root))) == [str(root / "models/llama/one.safetensors")]
+
+
+@pytest.mark.parametrize("content", [b"ONE" * 1000, b"one" * 999], ids=["other bytes", "shorter"])
+def test_other_content_is_named(models: Path, content: bytes) -> None:
+    said = manifest(models)
+    path = models / "llama" / "one.safetensors"
+    path.write_bytes(content)
+    os.utime(path, (1, 1))
+    with pytest.raises(CorruptError) as raised:
+        check_weights(said)
+    assert raised.value.path == str(path)
+    assert raised.value.exit_code == 4
+
+
+def test_unchanged_files_are_not_read_again(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = manifest(models)
+    monkeypatch.setattr("checkpoint.digest_cache.YOUNG_NS", -(10**12))  # as if they had been there for long
+    with DigestCache(str(tmp_path / "digests.db")) as cache:
+        check_weights(said, cache=cache)
+        with monkeypatch.context() as patch:
+            patch.setattr(weights, "digest_files", lambda paths: {path: pytest.fail(path) for path in paths})
+            check_weights(said, cache=cache)
+        path = models / "llama" / "two.safetensors"
+        path.write_bytes(b"TWO" * 1000)
+        os.utime(path, (1, 1))
+        with pytest.raises(CorruptError, match="other weights"):
+            check_weights(said, cache=cache)
+
+
+def test_a_file_that_changed_since_is_named(models: Path) -> None:
+    identities = check_weights(manifest(models))
+    path = models / "llama" / "two.safetensors"
+    os.utime(path, (1, 1))
+    with pytest.raises(CorruptError, match="changed") as raised:
+        unchanged_since(identities)
+    assert raised.value.path == str(path)
+    path.unlink()
+    with pytest.raises(CorruptError, match="any more"):
+        unchanged_since(identities)
+
+
+def test_what_can_not_be_read_is_no_corruption(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="No such file") as raised:
+        identify([str(tmp_path / "none")])
+    assert raised.value.exit_code == 1
