@@ -49,16 +49,18 @@ class Rule:
             machine is not like that of the dump, `corrupt` the images or files are not what they were, `retry`, `pid`.
         message: what went wrong; `{fd}` and `{pid}` are known from the lines around it where the sentence has none.
         mend: what to do.
+        is_first: it means that only as the first complaint; later ones follow from what went before.
     """
 
     pattern: re.Pattern[str]
     kind: Kind
     message: str
     mend: str | None = None
+    is_first: bool = False
 
 
-def _rule(pattern: str, kind: Kind, message: str, mend: str | None = None) -> Rule:
-    return Rule(re.compile(pattern), kind, message, mend)
+def _rule(pattern: str, kind: Kind, message: str, mend: str | None = None, *, is_first: bool = False) -> Rule:
+    return Rule(re.compile(pattern), kind, message, mend, is_first)
 
 
 _BACK: Final = "bring it back as it was, or take a new snapshot"
@@ -197,6 +199,7 @@ DUMP_RULES: Final = (
         "target",
         "process {pid} is traced by a debugger, or has ended",
         "detach the debugger (strace, gdb)",
+        is_first=True,
     ),
     _rule(
         r"ptrace_\w+ failed|Can't seize|Can't freeze|Timeout reached",
@@ -310,11 +313,13 @@ def explain(log: str, command: Command) -> CheckpointError:
     lines = log.splitlines()
     tail = "\n".join(lines[-_TAIL_LINES:])
     rules = DUMP_RULES if command == "dump" else RESTORE_RULES
-    for number, line in _complaints(lines):
+    complaints = list(_complaints(lines))
+    for number, line in complaints:
         for rule in rules:
-            if found := rule.pattern.search(line):
+            found = rule.pattern.search(line)
+            if found and not (rule.is_first and number != complaints[0][0]):
                 return _error(rule, found, _Context(lines, number), tail)
-    said = next((_ERROR.search(line) for _, line in _complaints(lines)), None)
+    said = next((_ERROR.search(line) for _, line in complaints), None)
     message = f"CRIU could not {command} the process" + (f": {said['text'].strip()}" if said else "")
     return CriuError(message, log=tail)
 
