@@ -32,7 +32,7 @@ from prefetch.residency import resident_of
 from prefetch.standing import PREDICTED, WARM, Standing, name_of
 from prefetch.timeline import Timeline
 from prefetch.walkers import COPIERS, Walkers, process_of
-from weightfs.formats import format_of
+from prefetch.wishes import AGAIN_S, Wish, is_served, is_trigger
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,6 @@ T = TypeVar("T")
 
 _QUEUE: Final = 256
 _THREADS: Final = 8
-_AGAIN_S: Final = 1.0
-"""A model whose plan began less than this ago is not planned again: a loader opens a dozen of its files."""
 _REMEMBERED: Final = 4096
 _PRESSURE_S: Final = 0.25
 _SAMPLE_S: Final = 0.05
@@ -51,8 +49,6 @@ STALLED_S: Final = 30.0
 _LARGE_BYTES: Final = 64 << 20
 _BANDWIDTH_BYTES_S: Final = 1e9  # until a model was read
 _SHOWN: Final = 32
-_TOKENIZERS: Final = ("tokenizer.", "tokenizer_config.", "vocab.", "spiece.", "sentencepiece.")
-_CONFIGURATIONS: Final = frozenset({"config.json", "model_index.json", "generation_config.json", "params.json"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,23 +70,6 @@ class SchedulerConfig:
     learned: Callable[[bytes, Collection[str]], Sequence[Extent] | None] = lambda folder, files: None
     drafts: Mapping[str, str] = field(default_factory=dict)
     filler: FillerConfig = field(default_factory=FillerConfig)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Wish:
-    """Why a model is to be read.
-
-    Attributes:
-        trigger: a file's name, `WARM` or `PREDICTED`.
-        process: whose, 0 for nobody's in particular.
-        layers: their labels; None is all.
-        target: of what is predicted.
-    """
-
-    trigger: str
-    process: int = 0
-    layers: Collection[str] | None = None
-    target: Target | None = None
 
 
 class Scheduler:
@@ -260,7 +239,7 @@ class Scheduler:
         now = time.monotonic()
         self.triggers += 1
         key = path, thread
-        if now - self._recent.get(key, -_AGAIN_S) < _AGAIN_S:
+        if now - self._recent.get(key, -AGAIN_S) < AGAIN_S:
             self.coalesced += 1
             return
         # It waits for our answer, so it is still there to be looked at.
@@ -292,9 +271,9 @@ class Scheduler:
             if self._foresight is not None:
                 self._foresight.walked(process)
             return
-        self._begin_all(path, _Wish(trigger=os.fsdecode(os.path.basename(path)), process=process))
+        self._begin_all(path, Wish(trigger=os.fsdecode(os.path.basename(path)), process=process))
 
-    def _begin_all(self, path: bytes, wish: _Wish) -> list[Standing]:
+    def _begin_all(self, path: bytes, wish: Wish) -> list[Standing]:
         try:
             names = self._shelf.names(path)
             self._note(names, wish)
@@ -307,7 +286,7 @@ class Scheduler:
             return []
         return [one for one in begun if one is not None]
 
-    def _note(self, keys: Collection[Key], wish: _Wish) -> None:
+    def _note(self, keys: Collection[Key], wish: Wish) -> None:
         """Have what is wanted remembered; what is warmed was not opened yet."""
         for key in keys:
             if self._foresight is not None and wish.trigger != WARM:
@@ -315,11 +294,11 @@ class Scheduler:
             if self._ahead is not None:
                 self._ahead.wanted(key)
 
-    def _begin(self, key: Key, wish: _Wish) -> Standing | None:
+    def _begin(self, key: Key, wish: Wish) -> Standing | None:
         now = time.monotonic()
         with self._lock:
             known = self._models.get(key)
-            if known is not None and _is_served(known, wish, now):
+            if known is not None and is_served(known, wish, now):
                 if wish.target is None:
                     known.wanted_s = now
                     known.load.opened(now, wish.trigger)
@@ -339,12 +318,12 @@ class Scheduler:
     def read_predicted(self, target: Target) -> Standing | None:
         """Begin to read a model that nobody asked for; None where it can't be. In a worker thread."""
         try:
-            return self._begin(target.key, _Wish(trigger=PREDICTED, target=target))
+            return self._begin(target.key, Wish(trigger=PREDICTED, target=target))
         except OSError as e:
             log.debug("%s is not read: %s", name_of(target.key), e)
             return None
 
-    def _read(self, key: Key, opened: OpenedModel, wish: _Wish) -> Standing:
+    def _read(self, key: Key, opened: OpenedModel, wish: Wish) -> Standing:
         """Plan an opened model, which is this method's from now on unless it raises, and begin to read it."""
         now = time.monotonic()
         if self._config.mode == "whole":
@@ -355,7 +334,7 @@ class Scheduler:
         wanted = [layer for layer in plan.layers if wish.layers is None or layer.label in wish.layers]
         with self._lock:
             again = self._models.get(key)
-            if again is not None and again.is_active and _is_served(again, wish, now):  # two triggers at once
+            if again is not None and again.is_active and is_served(again, wish, now):  # two triggers at once
                 opened.close()
                 return again
             load = self._timeline.begin(
@@ -442,7 +421,7 @@ class Scheduler:
     def warm(self, path: bytes, layers: Collection[str] | None) -> list[dict[str, Any]]:
         """Begin to read the models below a path; gives the progress of each."""
         self._give_way()
-        return [one.document() for one in self._begin_all(path, _Wish(trigger=WARM, layers=layers))]
+        return [one.document() for one in self._begin_all(path, Wish(trigger=WARM, layers=layers))]
 
     def progress(self, names: Collection[str]) -> list[dict[str, Any]]:
         """How far models are that `warm` named."""
@@ -496,26 +475,6 @@ class Scheduler:
             "models": self._inventory.lately(lambda: [one.key for one in self.standings()[-_SHOWN:]]),
             "predicted": self._ahead.status() if self._ahead is not None else None,
         }
-
-
-def is_trigger(path: bytes) -> bool:
-    """Whether a loader opens a file of that name before, or when, it loads weights."""
-    name = os.fsdecode(os.path.basename(path))
-    return (
-        format_of(name) is not None
-        or name in _CONFIGURATIONS
-        or name.endswith(".index.json")
-        or name.startswith(_TOKENIZERS)
-    )
-
-
-def _is_served(known: Standing, wish: _Wish, now: float) -> bool:
-    """Whether what is being read, or was read just now, is what somebody asks for."""
-    if wish.target is not None:
-        return known.is_active
-    if wish.layers is not None or known.is_predicted or known.in_part:
-        return False
-    return known.is_active or (wish.trigger != WARM and now - known.wanted_s < _AGAIN_S)
 
 
 def _first_of(layers: Sequence[Layer], nbytes: int) -> list[Layer]:

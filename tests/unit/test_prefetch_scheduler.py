@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from prefetch.occupancy import Key, Occupancy, Wanted
-from prefetch.scheduler import Scheduler, SchedulerConfig, is_trigger
+from prefetch.scheduler import Scheduler, SchedulerConfig
+from prefetch.wishes import is_trigger
 from weightfs.formats.layout import Role, TensorExtent, WeightLayout
 
 SIZE = 1 << 20
