@@ -137,7 +137,7 @@ def test_it_learns_what_is_new(foresight: Foresight, past: FakePast, clock: Cloc
     past.note("once", NOW - 30 * HOUR)
     foresight.refresh()
     likely = foresight.likely(HOUR, 10)
-    assert list(likely)[0] == "often"
+    assert next(iter(likely)) == "often"
     assert likely["often"] > 0.9 > likely.get("once", 0)
     assert foresight.likely(HOUR, 1).keys() == {"often"}
     assert foresight.last_open_s("often") == NOW - 600
