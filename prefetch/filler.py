@@ -29,8 +29,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
+from prefetch.pace import Disks, Pace
 from prefetch.plan import Extent
-from prefetch.residency import is_resident
+from prefetch.residency import is_resident, resident_bytes
 from weightfs import linux
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ CHUNK_BYTES: Final = 2 << 20
 _SMALL_BYTES: Final = 256 << 10
 """A part that is smaller, as orders that were learned have them, is read alone and not with its huge page."""
 _POPULATES_SINCE: Final = 5, 18
+_EVERYTHING: Final = 1 << 62
 _HELD_S: Final = 0.02
 
 
@@ -80,6 +82,7 @@ class Fill:
     cancelled: bool = False
     exhausted: bool = False
     working: int = 0
+    devices: set[int] = field(default_factory=set)
     ended: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self, why: str) -> None:
@@ -100,6 +103,8 @@ class Filler:
         self._config = config
         self._demand = demand
         self._populates = linux.kernel_version() >= _POPULATES_SINCE and linux.huge_page_bytes() == CHUNK_BYTES
+        self._disks = Disks()
+        self._pace = Pace(self._disks.counters, self._resident)
         self._turn = threading.Condition()
         self._fills: deque[Fill] = deque()
         self._ended: deque[Fill] = deque()  # nothing of them is under way, and nobody was told yet
@@ -111,13 +116,16 @@ class Filler:
 
     def start(self, fill: Fill) -> None:
         """Read what a fill has, in its order, beside what others have."""
+        fill.devices = {os.fstat(fd).st_dev for fd in fill.fds.values()}
         with self._turn:
             self._fills.append(fill)
-            while len(self._threads) < self._config.depth:
-                thread = threading.Thread(target=self._work, name="filler", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+            self._look_elsewhere()
+            more = range(self._config.depth - len(self._threads))
+            threads = [threading.Thread(target=self._work, name="filler", daemon=True) for _ in more]
+            self._threads += threads
             self._turn.notify_all()
+        for thread in threads:  # the first of them reads before the last has begun
+            thread.start()
 
     def cancel(self, fill: Fill, why: str) -> None:
         """End a fill early."""
@@ -150,12 +158,13 @@ class Filler:
                 if chunk is None:
                     self._end(fill)
                     continue
+                read = 0
                 try:
-                    self._fill(fill, chunk, sink.fileno())
+                    read = self._fill(fill, chunk, sink.fileno())
                 except OSError as e:
                     fill.cancel(f"{chunk.file}: {os.strerror(e.errno or 0)}")
                     log.warning("prefetch of %s ends at byte %d: %s", chunk.file, chunk.offset, e.strerror)
-                self._done(fill)
+                self._done(fill, read)
 
     def _take(self) -> tuple[Fill, Extent | None] | None:
         """The next read, or a fill to end; None when the filler ends."""
@@ -168,6 +177,8 @@ class Filler:
                     self._turn.wait()
                 elif self._working >= self._config.depth_beside_demand and self._demand():
                     self._turn.wait(_HELD_S)
+                elif (wait_s := self._pace.wait_s(self._working)) > 0:
+                    self._turn.wait(wait_s)
                 else:
                     fill = self._fills[0]
                     if (chunk := next(fill.chunks, None)) is None:
@@ -176,6 +187,7 @@ class Filler:
                     self._fills.rotate(-1)
                     fill.working += 1
                     self._working += 1
+                    self._turn.notify()  # who waited until nothing is under way need not wait any more
                     return fill, chunk
             return None
 
@@ -183,24 +195,38 @@ class Filler:
         """Take fills of which nothing is left to begin out of the turn."""
         for fill in [fill for fill in self._fills if fill.cancelled or fill.exhausted]:
             self._fills.remove(fill)
+            self._look_elsewhere()
             fill.exhausted = True
             if not fill.working:
                 self._ended.append(fill)
 
-    def _fill(self, fill: Fill, chunk: Extent, sink: int) -> None:
+    def _look_elsewhere(self) -> None:
+        """What is to be read lies on other disks, maybe."""
+        self._disks.follow({device for fill in self._fills for device in fill.devices})
+        self._pace.restart()
+
+    def _resident(self) -> int | None:
+        """Bytes in memory of all that is being filled. Waits for no device."""
+        try:
+            return sum(resident_bytes(fd, 0, _EVERYTHING) for fill in self._fills for fd in fill.fds.values())
+        except OSError:  # mincore(2) must be told how long a file is
+            return None
+
+    def _fill(self, fill: Fill, chunk: Extent, sink: int) -> int:
+        """Read a chunk, unless it is there; gives how much the disk has to read for it."""
         fd = fill.fds[chunk.file]
         if fill.submitted_at is None:
             fill.submitted_at = time.monotonic()
         if is_resident(fd, chunk.offset, chunk.nbytes):
             fill.skipped_bytes += chunk.nbytes
-            return
+            return 0
         if self._populates and chunk.nbytes >= _SMALL_BYTES:
-            self._populate(fill, chunk, fd)
-        else:
-            self._send(fill, chunk, fd, sink)
+            return self._populate(fill, chunk, fd)
+        return self._send(fill, chunk, fd, sink)
 
-    def _populate(self, fill: Fill, chunk: Extent, fd: int) -> None:
+    def _populate(self, fill: Fill, chunk: Extent, fd: int) -> int:
         start = chunk.offset // CHUNK_BYTES * CHUNK_BYTES
+        missing = min(CHUNK_BYTES, os.fstat(fd).st_size - start) - resident_bytes(fd, start, CHUNK_BYTES)
         try:
             linux.populate_huge(fd, start, chunk.end - start)
         except OSError as e:
@@ -208,12 +234,13 @@ class Filler:
                 raise
             if (size := os.fstat(fd).st_size) < chunk.end:
                 fill.cancel(f"{chunk.file}: ends at byte {size} now")
-                return
+                return 0
             raise OSError(errno.EIO, os.strerror(errno.EIO)) from e
         fill.filled_bytes += chunk.nbytes
         self.filled_bytes += chunk.nbytes
+        return max(0, missing)
 
-    def _send(self, fill: Fill, chunk: Extent, fd: int, sink: int) -> None:
+    def _send(self, fill: Fill, chunk: Extent, fd: int, sink: int) -> int:
         # A descriptor of its own keeps a thread's read-ahead from being confused by the others'.
         own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -224,15 +251,17 @@ class Filler:
                 moved = os.sendfile(sink, own, at, end - at)
                 if not moved:
                     fill.cancel(f"{chunk.file}: ends at byte {at} now")
-                    return
+                    break
                 at += moved
                 fill.filled_bytes += moved
                 self.filled_bytes += moved
         finally:
             os.close(own)
+        return at - chunk.offset
 
-    def _done(self, fill: Fill) -> None:
+    def _done(self, fill: Fill, read_bytes: int) -> None:
         with self._turn:
+            self._pace.ended(read_bytes)
             fill.working -= 1
             self._working -= 1
             if fill.exhausted and not fill.working:

@@ -159,8 +159,9 @@ def test_a_read_that_never_returns_holds_up_its_thread_alone(
 def test_two_models_take_turns(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
     filler, order = Filler(FillerConfig(depth=1)), list[str]()
 
-    def note(self: Filler, fill: Fill, chunk: Extent, sink: int) -> None:
+    def note(self: Filler, fill: Fill, chunk: Extent, sink: int) -> int:
         order.append(chunk.file)
+        return 0
 
     monkeypatch.setattr(Filler, "_fill", note)
     filler.halt(True)
@@ -198,13 +199,14 @@ def test_beside_a_demand_read_few_are_under_way(file: int, monkeypatch: pytest.M
     lock = threading.Lock()
     asked.set()
 
-    def counted(self: Filler, fill: Fill, chunk: Extent, sink: int) -> None:
+    def counted(self: Filler, fill: Fill, chunk: Extent, sink: int) -> int:
         with lock:
             under_way[0] += 1
             most[0] = max(most[0], under_way[0])
         asked.wait(0.01)
         with lock:
             under_way[0] -= 1
+        return 0
 
     monkeypatch.setattr(Filler, "_fill", counted)
     filler = Filler(FillerConfig(depth=8, depth_beside_demand=2), asked.is_set)
