@@ -66,6 +66,6 @@ def wait(readiness: Readiness, timeout_s: float, is_there: Callable[[], bool]) -
 
 def _answers(url: str) -> bool:
     with contextlib.suppress(OSError, urllib.error.URLError, http.client.HTTPException):
-        with urllib.request.urlopen(url, timeout=_ANSWER_S) as reply:  # noqa: S310
+        with urllib.request.urlopen(url, timeout=_ANSWER_S) as reply:
             return int(reply.status) < 400
     return False
