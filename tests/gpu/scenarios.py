@@ -9,8 +9,12 @@ Those in `OBSERVED` the double does not play; their answers are recorded to be r
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from checkpoint.cuda_channel import Helper, HelperLostError
@@ -41,8 +45,8 @@ class Bench(Protocol):
     def helper(self) -> Helper:
         """A helper with the driver open; the same each time while it lives."""
 
-    def victim(self, kind: str, mib: int = 0) -> Victim:
-        """A process of a kind of `tests/gpu/child.py`."""
+    def victim(self, kind: str, mib: int = 0, environment: Mapping[str, str] | None = None) -> Victim:
+        """A process of a kind of `tests/gpu/child.py`; `environment` adds to ours."""
 
     def free_mib(self) -> int:
         """Memory free on the first GPU."""
@@ -226,6 +230,23 @@ def shared(trace: Trace) -> None:
         victim.end()
 
 
+def mps(trace: Trace) -> None:
+    """A client of the multi-process service. Its daemon is started for it and ended; no mode of the GPU is changed."""
+    control = "nvidia-cuda-mps-control"
+    if shutil.which(control) is None:
+        trace.calls.append({"lacks": control})
+        return
+    with tempfile.TemporaryDirectory(prefix="mps-") as folder:
+        where = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
+        subprocess.run([control, "-d"], env=os.environ | where, check=True, timeout=30)
+        try:
+            victim = trace.bench.victim("context", 64, where)
+            _around(trace, "client", victim)
+            victim.end()
+        finally:
+            subprocess.run([control], input=b"quit\n", env=os.environ | where, check=True, timeout=60)
+
+
 def _around(trace: Trace, name: str, victim: Victim) -> None:
     trace.call("state", name, victim.pid)
     trace.move("lock", name, victim.pid, timeout_ms=5000)
@@ -249,6 +270,8 @@ MODELLED: tuple[Callable[[Trace], None], ...] = (
     too_little_memory,
 )
 OBSERVED: tuple[Callable[[Trace], None], ...] = (managed, shared)
+ASKED_FOR: tuple[Callable[[Trace], None], ...] = (mps,)
+"""Not run unless named, because they start a service on the machine."""
 
 
 def compared(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
