@@ -6,6 +6,7 @@ Files are read, never mapped: whoever truncates a mapped file kills its readers 
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -77,12 +78,17 @@ def digest_file(path: str, *, dir_fd: int | None = None, follow: bool = True) ->
         RetryError: it changed meanwhile.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW), dir_fd=dir_fd)
+        # Without O_NONBLOCK a FIFO would be waited for.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+        fd = os.open(path, flags, dir_fd=dir_fd)
     except OSError as e:
         raise _unreadable(path, e) from e
     started_ns = time.time_ns()
     try:
-        before = Identity.of(os.fstat(fd))
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError("is no regular file", path=path)
+        before = Identity.of(found)
         digest, nbytes = _digest(fd, before.nbytes)
         after = Identity.of(os.fstat(fd))
     except OSError as e:

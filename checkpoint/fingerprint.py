@@ -182,19 +182,26 @@ def compare(snapshot: Fingerprint, here: Fingerprint, *, uses_gpu: bool) -> list
     return [one for one in found if one is not None]
 
 
+def misfit(differences: Sequence[Difference]) -> str | None:
+    """In one line why a snapshot does not fit; None where it does."""
+    if not (wrong := [one for one in differences if one.matters]):
+        return None
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    first = wrong[0]
+    return f"{first.what} here: {first.here}, there: {first.snapshot}; {first.why}{more}"
+
+
 def require_fit(name: str, differences: Sequence[Difference]) -> None:
     """Refuse a snapshot that does not fit.
 
     Raises:
         MisfitError: a difference matters; it carries all of them.
     """
-    if not (wrong := [one for one in differences if one.matters]):
+    if (reason := misfit(differences)) is None:
         return
-    first = f"{wrong[0].what} is {wrong[0].here}, not {wrong[0].snapshot}: {wrong[0].why}"
-    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     documents: list[dict[str, Any]] = [msgspec.to_builtins(one) for one in differences]
     raise MisfitError(
-        f"snapshot {name} does not fit this machine: {first}{more}",
+        f"snapshot {name} does not fit this machine: {reason}",
         mend=f"weightfs snapshot show {name} tells all; make a snapshot on a machine like this one",
         differences=documents,
     )

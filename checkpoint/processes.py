@@ -37,10 +37,12 @@ class Descriptor:
         mount_id: as in /proc/PID/mountinfo; 0 where the kernel does not say.
         device: `st_dev` of what is open, 0 where it can't be asked.
         inode: its inode number (of a pipe or socket the number in its name).
+        rdev: `st_rdev` of a device, else 0.
         size: of a regular file in bytes, else 0.
         kind: what it is.
         is_deleted: its name is gone (a memfd's never was).
         locks: the locks held through it, a line of /proc/locks each.
+        pty: the number N of the terminal /dev/pts/N of which it is the other end, None of everything else.
     """
 
     fd: int
@@ -50,10 +52,12 @@ class Descriptor:
     mount_id: int = 0
     device: int = 0
     inode: int = 0
+    rdev: int = 0
     size: int = 0
     kind: Kind
     is_deleted: bool = False
     locks: tuple[str, ...] = ()
+    pty: int | None = None
 
     @property
     def can_write(self) -> bool:
@@ -109,6 +113,7 @@ class Process:
         descriptors: in ascending order.
         mappings: in ascending order.
         namespaces: the inode of each, by its name in /proc/PID/ns: `mnt`, `pid`, `net`, `user`.
+        mounts: the numbers of the mounts in its mount namespace, as `Descriptor.mount_id` has them.
         threads: how many.
     """
 
@@ -127,6 +132,7 @@ class Process:
     descriptors: tuple[Descriptor, ...] = ()
     mappings: tuple[Mapping, ...] = ()
     namespaces: dict[str, int]
+    mounts: frozenset[int] = frozenset()
     threads: int = 1
 
     @property
@@ -148,6 +154,8 @@ def tree_of(pid: int, *, proc: str = PROC) -> tuple[Process, ...]:
     while waiting:
         current = waiting.pop(0)
         try:
+            if (leader := _leader(f"{proc}/{current}")) != current:
+                raise TargetError(f"{current} is a thread of process {leader}", mend=f"snapshot process {leader}")
             found.append(process(current, proc=proc))
             waiting += children_of(current, proc=proc)
         except (FileNotFoundError, ProcessLookupError):
@@ -207,7 +215,18 @@ def process(pid: int, *, proc: str = PROC) -> Process:
         descriptors=tuple(descriptors_of(pid, proc=proc)),
         mappings=tuple(mappings_of(pid, proc=proc)),
         namespaces=namespaces_of(pid, proc=proc),
+        mounts=_mounts(folder),
     )
+
+
+def _leader(folder: str) -> int:
+    with open(f"{folder}/status", encoding="utf-8", errors="surrogateescape") as file:
+        return int(next(line for line in file if line.startswith("Tgid:")).split()[1])
+
+
+def _mounts(folder: str) -> frozenset[int]:
+    with open(f"{folder}/mountinfo", "rb") as file:
+        return frozenset(int(line.split(None, 1)[0]) for line in file)
 
 
 def start_ticks(pid: int, *, proc: str = PROC) -> int | None:
@@ -273,10 +292,12 @@ def _descriptor(fd: int, target: str, info: str, status: os.stat_result | None) 
         mount_id=int(values.get("mnt_id", 0)),
         device=status.st_dev if status else 0,
         inode=inode or (status.st_ino if status else 0),
+        rdev=status.st_rdev if status else 0,
         size=status.st_size if status and stat.S_ISREG(status.st_mode) else 0,
         kind=kind,
         is_deleted=kind != "memfd" and is_deleted,
         locks=tuple(line.split("\t", 1)[1] for line in info.splitlines() if line.startswith("lock:")),
+        pty=int(values["tty-index"]) if "tty-index" in values else None,
     )
 
 

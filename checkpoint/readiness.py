@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import os
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from checkpoint import points
-from checkpoint.errors import CheckpointError, RetryError
+from checkpoint import control, points
+from checkpoint.errors import CheckpointError, RetryError, TargetError
+from checkpoint.processes import start_ticks
 
 _LOOK_S: Final = 0.005
 _ANSWER_S: Final = 5.0
@@ -32,6 +31,11 @@ class Readiness:
     url: str | None = None
     file: str | None = None
     point: str | None = None
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether there is anything to wait for."""
+        return (self.url, self.file, self.point) != (None, None, None)
 
     def is_shown(self) -> bool:
         """Whether it is ready now."""
@@ -64,8 +68,21 @@ def wait(readiness: Readiness, timeout_s: float, is_there: Callable[[], bool]) -
         time.sleep(_LOOK_S)
 
 
+def while_there(pid: int) -> Callable[[], bool]:
+    """For `wait`: whether the process that has this pid now still has it.
+
+    Raises:
+        TargetError: there is none.
+    """
+    since = start_ticks(pid)
+    if since is None:
+        raise TargetError(f"there is no process {pid}", mend="ps -e shows those there are")
+    return lambda: control.is_there(pid, since)
+
+
 def _answers(url: str) -> bool:
-    with contextlib.suppress(OSError, urllib.error.URLError, http.client.HTTPException):
+    try:
         with urllib.request.urlopen(url, timeout=_ANSWER_S) as reply:
             return int(reply.status) < 400
-    return False
+    except (OSError, http.client.HTTPException):
+        return False

@@ -11,8 +11,10 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from checkpoint.attachments import attachments_of
 from checkpoint.errors import CheckpointError
-from checkpoint.processes import Descriptor, Process
+from checkpoint.processes import Process
+from checkpoint.sockets import sockets_of
 
 LOGS: Final = "/var/log/weightfs"
 
@@ -21,61 +23,45 @@ Resource = tuple[int, str, str]
 
 
 def resources(processes: Sequence[Process]) -> list[Resource]:
-    """What of the root's stdio must be replaced; what the tree shares among itself and /dev/null are not.
+    """What of the tree's stdio is given anew; what it shares among itself and /dev/null are not.
 
     Args:
         processes: the whole tree, root first.
     """
-    found = []
-    for fd in (0, 1, 2):
-        one = next((each for each in processes[0].descriptors if each.fd == fd), None)
-        if one is None or _is_internal(one, processes):
-            continue
-        if resource := _resource(one, processes[0].pid):
-            found.append((fd, resource, one.target if one.kind == "file" else ""))
-    return found
-
-
-def _is_internal(one: Descriptor, processes: Sequence[Process]) -> bool:
-    """Whether it is a pipe of which the tree has the other end as well."""
-    if one.kind != "pipe":
-        return False
-    ends = {each.can_write for process in processes for each in process.descriptors if each.inode == one.inode}
-    return len(ends) == 2
-
-
-def _resource(one: Descriptor, pid: int) -> str | None:
-    """criu(8), `--inherit-fd`."""
-    if one.kind in ("pipe", "socket"):
-        return one.target
-    if one.kind == "tty":
-        found = os.stat(f"/proc/{pid}/fd/{one.fd}")
-        return f"tty[{found.st_rdev:x}:{found.st_dev:x}]"
-    if one.kind == "file" and one.can_write:
-        return one.target.lstrip("/")
-    return None
+    running = [one for one in processes if not one.has_ended]
+    return [
+        (min(fd for _, fd in one.descriptors), one.resource, one.path if one.kind == "file" else "")
+        for one in attachments_of(running, sockets_of(running))
+        if one.is_stdio
+    ]
 
 
 @contextlib.contextmanager
-def opened(wanted: Sequence[Resource], log: str | None, default: str) -> Iterator[tuple[tuple[int, str], ...]]:
+def opened(wanted: Sequence[Resource], output: str | None, default: str) -> Iterator[tuple[tuple[int, str], ...]]:
     """Open what a restored process is given.
 
     Args:
         wanted: see `resources`.
-        log: a file that takes all output; None for the log file it had, or `default` where it had none.
+        output: a file that takes all output; None for the log file it had, or `default` where it had none.
         default: see there.
 
     Yields:
         Pairs of a descriptor, open inside the context, and what it stands for.
 
     Raises:
-        CheckpointError: a log can't be opened.
+        CheckpointError: a log can't be opened, or it was none.
     """
     held: dict[str, int] = {}
     pairs: dict[str, int] = {}
     try:
         for fd, resource, path in wanted:
-            where = os.devnull if fd == 0 else log or path or default
+            if resource.startswith(("tty[", "socket:[")):
+                raise CheckpointError(
+                    "its standard input, output or error was a terminal or a socket, which only one of that kind can "
+                    "replace",
+                    mend="make the snapshot of a process whose output goes to a file or a pipe",
+                )
+            where = os.devnull if fd == 0 else output or path or default
             if where not in held:
                 held[where] = _open(where)
             pairs.setdefault(resource, held[where])
@@ -83,6 +69,20 @@ def opened(wanted: Sequence[Resource], log: str | None, default: str) -> Iterato
     finally:
         for fd in held.values():
             os.close(fd)
+
+
+@contextlib.contextmanager
+def log(path: str) -> Iterator[int]:
+    """A log file, open for appending.
+
+    Raises:
+        CheckpointError: it can't be opened.
+    """
+    fd = _open(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def callers(wanted: Sequence[Resource]) -> tuple[tuple[int, str], ...]:

@@ -1,4 +1,4 @@
-"""Settings that users write as text: sizes in bytes, layers by number. Pure."""
+"""Settings that users write as text: sizes in bytes, time spans, layers by number. Pure."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Final
 from weightfs.errors import UsageError
 
 _UNITS: Final = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_MOST_SECONDS: Final = 10_000 * 604_800
 _MOST_BYTES: Final = 1 << 60
 _MOST_LAYERS: Final = 100_000
 
@@ -52,3 +54,18 @@ def parse_layers(text: str) -> frozenset[str]:
             raise UsageError(f"{part!r} is no range of layers", mend="write the lower number first, as in 0-3")
         labels.update(str(number) for number in range(first, last + 1))
     return frozenset(labels)
+
+
+def parse_seconds(text: str) -> int:
+    """A time span in seconds: `7d`, `12h`, `30m`, `90s` or `2w`.
+
+    Raises:
+        UsageError: it is no such thing, or 10,000 weeks or more.
+    """
+    found = re.fullmatch(r"(\d{1,9})([smhdw])", text.strip(), re.ASCII | re.IGNORECASE)
+    if found is None:
+        raise UsageError(f"{text!r} is no time span", mend="write 7d, 12h, 30m or 90s")
+    seconds = int(found[1]) * _SECONDS[found[2].lower()]
+    if seconds >= _MOST_SECONDS:
+        raise UsageError(f"{text!r} is longer than anything is kept")
+    return seconds

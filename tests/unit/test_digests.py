@@ -43,10 +43,14 @@ def test_many_files_are_digested_each_by_itself(tmp_path: Path) -> None:
     }
 
 
-def test_a_file_that_is_not_there_and_a_symlink_are_named(tmp_path: Path) -> None:
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("file")
     with pytest.raises(CheckpointError, match="link"):
         digest_file(str(tmp_path / "link"), follow=False)
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("fifo", "."):
+        with pytest.raises(CheckpointError, match="no regular file"):
+            digest_file(str(tmp_path / name))
     with pytest.raises(CheckpointError, match="No such file"):
         digest_files([str(tmp_path / "none")])
 

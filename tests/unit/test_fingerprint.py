@@ -101,7 +101,7 @@ def test_every_missing_feature_counts_where_flags_are_not_known() -> None:
 
 def test_several_differences_are_counted_in_the_one_line() -> None:
     found = differences(kernel="5.10", criu="3.0", cpu="other")
-    with pytest.raises(MisfitError, match=r"kernel is 5\.10, not 6\.18\.5-amd64: .* \(and 1 more\)"):
+    with pytest.raises(MisfitError, match=r"kernel here: 5\.10, there: 6\.18\.5-amd64; .* \(and 1 more\)"):
         require_fit("warm", found)
 
 

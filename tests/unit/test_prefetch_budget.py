@@ -10,7 +10,7 @@ from prefetch.budget import effective_budget
 from tests.helpers.fake_memory import GIB, MIB, MOUNTED_V1, MOUNTED_V2, V1, V2, FakeMachine
 from weightfs.errors import UsageError
 from weightfs.memory import memory_group, read_memory
-from weightfs.sizes import parse_bytes, parse_layers
+from weightfs.sizes import parse_bytes, parse_layers, parse_seconds
 
 
 @pytest.fixture
@@ -143,6 +143,19 @@ def test_sizes(text: str, nbytes: int) -> None:
 def test_no_sizes(text: str) -> None:
     with pytest.raises(UsageError):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("0s", 0), ("90s", 90), ("30M", 1800), (" 12h ", 43_200), ("7d", 604_800), ("2w", 1_209_600)]
+)
+def test_time_spans(text: str, seconds: int) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "7", "d", "1.5d", "-1d", "7 d", "10000w", "999999999w"])
+def test_no_time_spans(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_seconds(text)
 
 
 @pytest.mark.parametrize(

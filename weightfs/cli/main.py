@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from weightfs.cli import demo, inspecting, mounting, recording, setup, timeline, warming
+from weightfs.cli import demo, inspecting, mounting, recording, setup, snapshot, timeline, warming
 
 app = typer.Typer(
     name="weightfs",
@@ -26,6 +26,7 @@ app.command()(inspecting.doctor)
 app.command()(timeline.timeline)
 app.command()(setup.setup)
 app.command()(demo.demo)
+app.add_typer(snapshot.snapshot)
 
 
 def main() -> None:
