@@ -68,6 +68,9 @@ class RealBench:
             self._helper = Helper(REAL_DRIVER, 120)
         return self._helper
 
+    def other_helper(self) -> Helper:
+        return Helper(REAL_DRIVER, 120)
+
     def victim(self, kind: str, mib: int = 0, environment: Mapping[str, str] | None = None) -> Child:
         child = Child(kind, mib, environment)
         self._children.append(child)

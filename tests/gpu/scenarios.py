@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -44,6 +45,9 @@ class Bench(Protocol):
 
     def helper(self) -> Helper:
         """A helper with the driver open; the same each time while it lives."""
+
+    def other_helper(self) -> Helper:
+        """Another, which the caller closes."""
 
     def victim(self, kind: str, mib: int = 0, environment: Mapping[str, str] | None = None) -> Victim:
         """A process of a kind of `tests/gpu/child.py`; `environment` adds to ours."""
@@ -230,6 +234,24 @@ def shared(trace: Trace) -> None:
         victim.end()
 
 
+def meanwhile(trace: Trace) -> None:
+    """Asked by a second caller while a call of a first one about the same process is under way, and after it."""
+    victim = trace.bench.victim("context", 16_384)
+    trace.move("lock", "large", victim.pid, timeout_ms=5000)
+    other = trace.bench.other_helper()
+    for first in ("checkpoint", "restore"):
+        thread = threading.Thread(target=lambda call=first: other.ask(Request(call=call, pid=victim.pid), MOVE_S))
+        thread.start()
+        time.sleep(0.3)  # the call is to be under way, and nothing shows that it is
+        trace.call("state", f"during {first}", victim.pid)
+        trace.call("unlock", f"during {first}", victim.pid)
+        thread.join()
+        trace.call("state", f"after {first}", victim.pid)
+    trace.move("unlock", "large", victim.pid)
+    trace.says("large", victim, "check")
+    other.close()
+
+
 def mps(trace: Trace) -> None:
     """A client of the multi-process service. Its daemon is started for it and ended; no mode of the GPU is changed."""
     control = "nvidia-cuda-mps-control"
@@ -269,7 +291,7 @@ MODELLED: tuple[Callable[[Trace], None], ...] = (
     wrong_pairs,
     too_little_memory,
 )
-OBSERVED: tuple[Callable[[Trace], None], ...] = (managed, shared)
+OBSERVED: tuple[Callable[[Trace], None], ...] = (managed, meanwhile, shared)
 ASKED_FOR: tuple[Callable[[Trace], None], ...] = (mps,)
 """Not run unless named, because they start a service on the machine."""
 

@@ -61,6 +61,9 @@ class DoubleBench:
     def cuda(self, deadlines: Deadlines = DEADLINES) -> Cuda:
         return Cuda(cuda_double.MODULE, deadlines)
 
+    def other_helper(self) -> Helper:
+        return Helper(cuda_double.MODULE, OPEN_S)
+
     def victim(self, kind: str = "context", mib: int = 64, environment: Mapping[str, str] | None = None) -> Standing:
         one = Standing(self, kind, mib)
         self._standing.append(one)

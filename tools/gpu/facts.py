@@ -24,7 +24,7 @@ def machine(helper: Helper) -> dict[str, Any]:
     devices = helper.ask(Request(call="devices"), 30).devices
     return {
         "kernel": os.uname().release,
-        "driver": helper.version,
+        "driver": helper.version(),
         "gpus": [{"name": one.name, "total_bytes": one.total_bytes, "mig": one.mig} for one in devices],
     }
 
