@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
-from checkpoint.cuda import INVALID_VALUE, NOT_INITIALIZED, NOT_READY, OUT_OF_MEMORY, Pair
+from checkpoint.cuda import NOT_INITIALIZED, NOT_READY, OUT_OF_MEMORY, Pair
 from checkpoint.cuda_channel import Helper, HelperLostError
 from checkpoint.cuda_program import Answer, Request
 from checkpoint.errors import CudaError, RetryError
@@ -22,8 +22,6 @@ from checkpoint.nvml import Device
 from checkpoint.states import State, Step, way
 
 REAL_DRIVER: Final = "checkpoint.cuda"
-_NO_CUDA: Final = frozenset({INVALID_VALUE, NOT_INITIALIZED})
-"""What the driver answers for a process that has no CUDA state."""
 _CONTROL_FILE: Final = "/dev/nvidiactl"
 _GPU_FILES: Final = "/dev/nvidia[0-9]*"
 _MEND_RECOVER: Final = "weightfs snapshot recover puts right what a snapshot left half done"
@@ -114,7 +112,9 @@ class Cuda:
             try:
                 found[pid] = self._state(pid)
             except CudaError as error:
-                if error.result not in _NO_CUDA:
+                # What the driver says of a process that never initialised CUDA, or was forked by one that did; of one
+                # that has ended it says no more than that a system call failed (driver 580).
+                if error.result != NOT_INITIALIZED and _alive(pid):
                     raise
         return found
 

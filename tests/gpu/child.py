@@ -18,6 +18,7 @@ import ctypes
 import os
 import signal
 import sys
+import warnings
 from typing import Any
 
 MIB = 1 << 20
@@ -50,10 +51,11 @@ class Gpu:
 
     def intact(self) -> bool:
         """Every byte, slice by slice, since a copy of all would need as much memory again."""
-        room = ctypes.create_string_buffer(min(SLICE, self.nbytes) or 4)
+        room = bytearray(min(SLICE, self.nbytes))
         for offset in range(0, self.nbytes, SLICE):
             count = min(SLICE, self.nbytes - offset)
-            self.call("cuMemcpyDtoH", ctypes.addressof(room), int(self.memory) + offset, count)
+            address = ctypes.addressof(ctypes.c_char.from_buffer(room))
+            self.call("cuMemcpyDtoH", address, int(self.memory) + offset, count)
             if memoryview(room)[:count] != WORD.to_bytes(4, "little") * (count // 4):
                 return False
         return True
@@ -94,6 +96,7 @@ def main() -> None:
 def answer(gpu: Gpu | None, command: str, *arguments: str) -> str:
     try:
         if command == "fork":
+            warnings.simplefilter("ignore")  # of forking with threads: it only waits
             child = os.fork()
             if not child:
                 signal.pause()

@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, NoReturn
 from checkpoint.cuda import (
     ILLEGAL_STATE,
     INVALID_VALUE,
+    NOT_INITIALIZED,
     NOT_READY,
     OPERATING_SYSTEM,
     OUT_OF_MEMORY,
@@ -33,11 +34,11 @@ from checkpoint.states import State, Step
 MODULE: Final = __name__
 FILE_VARIABLE: Final = "CUDA_DOUBLE_WORLD"
 UUID: Final = "GPU-11111111-2222-3333-4444-555555555555"
-NOT_CUDA: Final = INVALID_VALUE
 _MIB: Final = 1 << 20
 _LOOK_S: Final = 0.002
 _NAMES: Final = {
     INVALID_VALUE: "CUDA_ERROR_INVALID_VALUE",
+    NOT_INITIALIZED: "CUDA_ERROR_NOT_INITIALIZED",
     OUT_OF_MEMORY: "CUDA_ERROR_OUT_OF_MEMORY",
     OPERATING_SYSTEM: "CUDA_ERROR_OPERATING_SYSTEM",
     ILLEGAL_STATE: "CUDA_ERROR_ILLEGAL_STATE",
@@ -201,8 +202,10 @@ class CudaDouble:
 
     def _process(self, world: dict[str, Any], call: str, pid: int) -> dict[str, Any]:
         one: dict[str, Any] | None = world["processes"].get(str(pid))
-        if one is None or not _alive(pid):
-            raise _refused(call, pid, NOT_CUDA)
+        if not _alive(pid):
+            raise _refused(call, pid, OPERATING_SYSTEM)
+        if one is None:
+            raise _refused(call, pid, NOT_INITIALIZED)
         return one
 
     def _moving(self, world: dict[str, Any], step: Step, pid: int) -> dict[str, Any]:
