@@ -13,116 +13,51 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
-from checkpoint.criu_log import Command, explain
+from checkpoint.criu_command import (
+    PID_FILE,
+    Criu,
+    DumpOptions,
+    RestoreOptions,
+    dump_argv,
+    log_name,
+    options_for,
+    restore_argv,
+    restore_options_of,
+)
+from checkpoint.criu_log import Command, PidTakenError, explain
 from checkpoint.errors import MisfitError, RetryError, TargetError
-from checkpoint.processes import Process, start_ticks, tree_of
-from weightfs import linux
+from checkpoint.processes import process, start_ticks, tree_of
+
+__all__ = [
+    "BUNDLED",
+    "OLDEST",
+    "Criu",
+    "DumpOptions",
+    "RestoreOptions",
+    "dump",
+    "dump_argv",
+    "find_criu",
+    "options_for",
+    "parse_version",
+    "restore",
+    "restore_argv",
+    "restore_options_of",
+]
 
 OLDEST: Final = (4, 1, 0)
-_OLDEST_WITH_SOCKETS: Final = (4, 2, 0)
-_STRICT_SOCKETS: Final = (6, 16)
-"""getsockopt(SO_PASSCRED) fails since then for all but a few families of sockets; older CRIUs ask it of every one."""
 BUNDLED: Final = "/opt/weightfs/criu/usr/sbin/criu"
 """Where tools/install-criu puts the one it brings."""
 
 _PLUGINS: Final = "/run/weightfs/no-criu-plugins"
 _INSTALL: Final = "tools/install-criu"
 _ANSWER_S: Final = 20.0
-_VERBOSITY: Final = "-v4"
-"""The lowest at which the log says which descriptor and which mapping it is busy with."""
-_DEFAULT_GHOST_BYTES: Final = 1 << 20
 _ENDING_S: Final = 10.0
-_PID_FILE: Final = "restored.pid"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Criu:
-    """A CRIU that is new enough.
-
-    Attributes:
-        path: of the program.
-        version: major, minor, patch.
-        libdir: an empty folder: where it is to look for plugins. Its own CUDA plugin would checkpoint a second time.
-    """
-
-    path: str
-    version: tuple[int, int, int]
-    libdir: str
-
-    @property
-    def can_dump_inet(self) -> bool:
-        """Whether it can dump TCP and UDP sockets on this kernel."""
-        return self.version >= _OLDEST_WITH_SOCKETS or linux.kernel_version() < _STRICT_SOCKETS
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DumpOptions:
-    """How a tree is dumped; each but the last three as CRIU's option of that name.
-
-    Attributes:
-        shell_job: the session it belongs to, or its terminal, is not in the tree.
-        link_remap: files whose name is gone, but which have another, may be given one for the images.
-        file_locks: there are locks.
-        ext_unix_sk: sockets whose peer is not in the tree stay, without a peer.
-        tcp_established: connections are kept, which blocks them until the restore.
-        tcp_close: connections are closed in the process that is restored.
-        leave_running: the tree goes on afterwards.
-        external: what is not to be dumped because the restore is given it, such as `mnt[]`.
-        root: the tree's root folder, of one in a mount namespace of its own.
-        ghost_limit_bytes: how large a file without any name may be to be copied into the images; 0 for 1 MiB.
-        manage_cgroups: `ignore`, so that a restored tree is in the control group of whoever restores it.
-        timeout_s: how long it may take to stop all threads of the tree.
-    """
-
-    shell_job: bool = False
-    link_remap: bool = False
-    file_locks: bool = False
-    ext_unix_sk: bool = False
-    tcp_established: bool = False
-    tcp_close: bool = False
-    leave_running: bool = False
-    external: tuple[str, ...] = ()
-    root: str | None = None
-    ghost_limit_bytes: int = 0
-    manage_cgroups: str = "ignore"
-    timeout_s: int = 10
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RestoreOptions:
-    """How a tree is restored; each as CRIU's option of that name unless said otherwise.
-
-    Attributes:
-        shell_job, file_locks, ext_unix_sk, tcp_established, tcp_close, manage_cgroups: as it was dumped.
-        external: what CRIU is given for what was external, such as `mnt[]`.
-        root: the folder that becomes the tree's root, for one dumped with a mount namespace of its own.
-        inherit: descriptors of this process that stand for ones of the tree, as (descriptor, resource): see
-            `resource_of`.
-        sibling: the root becomes a child of whoever called, who then waits for it (`--restore-sibling`).
-        lazy_pages: memory is filled in by a page server.
-        leave_stopped: every process is stopped (SIGSTOP) once it is restored.
-        join: namespaces to restore into, as `net:/run/netns/x`.
-        empty_net: the network namespace is made anew and left empty.
-    """
-
-    shell_job: bool = False
-    file_locks: bool = False
-    ext_unix_sk: bool = False
-    tcp_established: bool = False
-    tcp_close: bool = False
-    manage_cgroups: str = "ignore"
-    external: tuple[str, ...] = ()
-    root: str | None = None
-    inherit: tuple[tuple[int, str], ...] = ()
-    sibling: bool = False
-    lazy_pages: bool = False
-    leave_stopped: bool = False
-    join: tuple[str, ...] = ()
-    empty_net: bool = False
+_LOOK_S: Final = 0.02
 
 
 def find_criu(candidate: str | None = None, *, check: bool = True) -> Criu:
@@ -212,101 +147,6 @@ def _empty_folder() -> str:
     return tempfile.mkdtemp(prefix="weightfs-no-criu-plugins-")
 
 
-def options_for(processes: Sequence[Process]) -> DumpOptions:
-    """How to dump a tree as it was found: only what it needs is allowed.
-
-    Args:
-        processes: the whole tree, root first.
-    """
-    inside = {one.pid for one in processes}
-    descriptors = [one for process in processes for one in process.descriptors]
-    mappings = [one for process in processes for one in process.mappings]
-    return DumpOptions(
-        shell_job=any(one.session not in inside for one in processes if not one.has_ended),
-        link_remap=any(one.is_deleted for one in descriptors) or any(one.is_deleted for one in mappings),
-        file_locks=any(one.locks for one in descriptors),
-        ext_unix_sk=any(one.kind == "socket" for one in descriptors),
-        tcp_close=any(one.kind == "socket" for one in descriptors),
-    )
-
-
-def dump_argv(criu: Criu, pid: int, images: str, options: DumpOptions, *, work: str | None = None) -> list[str]:
-    """The command that dumps the tree of `pid` into the folder `images`; its log goes to `work`, or to `images`."""
-    o = options
-    argv = [*_common(criu, "dump", images, work), "--tree", str(pid), "--timeout", str(o.timeout_s)]
-    argv += _switches(o)
-    if o.link_remap:
-        argv.append("--link-remap")
-    if o.leave_running:
-        argv.append("--leave-running")
-    if o.ghost_limit_bytes > _DEFAULT_GHOST_BYTES:
-        argv += ["--ghost-limit", str(o.ghost_limit_bytes)]
-    return argv
-
-
-def restore_argv(criu: Criu, images: str, options: RestoreOptions, *, work: str | None = None) -> list[str]:
-    """The command that restores the tree in the folder `images` and returns once it runs, its pid in a file."""
-    o = options
-    argv = [*_common(criu, "restore", images, work), "--restore-detached", "--pidfile", _PID_FILE, *_switches(o)]
-    for fd, resource in o.inherit:
-        argv += ["--inherit-fd", f"fd[{fd}]:{resource}"]
-    for namespace in o.join:
-        argv += ["--join-ns", namespace]
-    if o.sibling:
-        argv.append("--restore-sibling")
-    if o.lazy_pages:
-        argv.append("--lazy-pages")
-    if o.leave_stopped:
-        argv.append("--leave-stopped")
-    if o.empty_net:
-        argv += ["--empty-ns", "net"]
-    return argv
-
-
-def _common(criu: Criu, command: Command, images: str, work: str | None) -> list[str]:
-    argv = [criu.path, command, "--no-default-config", "--images-dir", images, "--work-dir", work or images]
-    return [*argv, "--log-file", log_name(command), _VERBOSITY, "--libdir", criu.libdir]
-
-
-def _switches(options: DumpOptions | RestoreOptions) -> list[str]:
-    """What dump and restore must be told alike."""
-    o = options
-    argv = [f"--manage-cgroups={o.manage_cgroups}"]
-    for wanted, switch in (
-        (o.shell_job, "--shell-job"),
-        (o.file_locks, "--file-locks"),
-        (o.ext_unix_sk, "--ext-unix-sk"),
-        (o.tcp_established, "--tcp-established"),
-        (o.tcp_close, "--tcp-close"),
-    ):
-        if wanted:
-            argv.append(switch)
-    for resource in o.external:
-        argv += ["--external", resource]
-    if o.root is not None:
-        argv += ["--root", o.root]
-    return argv
-
-
-def log_name(command: Command) -> str:
-    """The log's name in the work folder."""
-    return f"{command}.log"
-
-
-def restore_options_of(options: DumpOptions) -> RestoreOptions:
-    """How to restore what was dumped with these options."""
-    return RestoreOptions(
-        shell_job=options.shell_job,
-        file_locks=options.file_locks,
-        ext_unix_sk=options.ext_unix_sk,
-        tcp_established=options.tcp_established,
-        tcp_close=options.tcp_close,
-        manage_cgroups=options.manage_cgroups,
-        external=options.external,
-        root=options.root,
-    )
-
-
 def dump(criu: Criu, pid: int, images: str, options: DumpOptions, timeout_s: float, *, work: str | None = None) -> None:
     """Write the tree of `pid` to the folder `images`; the tree ends, unless it is to be left running.
 
@@ -348,14 +188,37 @@ def restore(criu: Criu, images: str, options: RestoreOptions, timeout_s: float, 
         CriuError: CRIU failed: why, and what to do.
         RetryError: a pid is taken, or it took too long.
     """
+    ends = time.monotonic() + timeout_s
+    while True:
+        try:
+            return _restore(criu, images, options, ends - time.monotonic(), work)
+        except PidTakenError as e:
+            # Init, or whoever started it, may be slow to wait for a process that was dumped.
+            if not _is_waited_for(e.pid, min(ends, time.monotonic() + _ENDING_S)):
+                raise
+
+
+def _restore(criu: Criu, images: str, options: RestoreOptions, timeout_s: float, work: str | None) -> int:
     with _work_folder(work) as folder:
-        pid_file = os.path.join(folder, _PID_FILE)
+        pid_file = os.path.join(folder, PID_FILE)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(pid_file)
         inherited = [fd for fd, _ in options.inherit]
         _run("restore", restore_argv(criu, images, options, work=folder), folder, timeout_s, inherited)
         with open(pid_file) as file:
             return int(file.read())
+
+
+def _is_waited_for(pid: int, until: float) -> bool:
+    """Whether a process that has ended is gone in time; False at once for one that has not ended."""
+    while time.monotonic() < until:
+        try:
+            if not process(pid).has_ended:
+                return False
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(_LOOK_S)
+    return False
 
 
 @contextlib.contextmanager

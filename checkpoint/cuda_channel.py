@@ -35,16 +35,14 @@ class HelperLostError(CudaError):
 class Helper:
     """The client's end of the helper process. For one thread at a time.
 
+    It is started at once, and opens the driver while its client does something else: the first request waits for that.
+
     Args:
         module: the one whose `open_driver()` it calls.
-        timeout_s: how long that may take.
-
-    Raises:
-        CudaError: the driver can't be opened; says why and what to do.
-        HelperLostError: it ended, or opening took too long.
+        open_s: how long that may take.
     """
 
-    def __init__(self, module: str, timeout_s: float) -> None:
+    def __init__(self, module: str, open_s: float) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             environment = {name: value for name, value in os.environ.items() if name not in _HIDING}
@@ -58,12 +56,25 @@ class Helper:
             )
         self._socket = ours
         self._rest = b""
+        self._serial = 0
         self._decoder = msgspec.json.Decoder(Answer)
-        try:
-            self.version = self._answer(timeout_s, "opening the driver").text
-        except CudaError:
-            self.close()
-            raise
+        self._open_by = time.monotonic() + open_s
+        self._version: str | None = None
+
+    def version(self) -> str:
+        """The driver's version, once it is open.
+
+        Raises:
+            CudaError: the driver can't be opened; says why and what to do.
+            HelperLostError: the helper ended, or opening took too long.
+        """
+        if self._version is None:
+            try:
+                self._version = self._answer(self._open_by - time.monotonic(), "opening the driver").text
+            except CudaError:
+                self.close()
+                raise
+        return self._version
 
     @property
     def pid(self) -> int:
@@ -78,21 +89,28 @@ class Helper:
     def ask(self, request: Request, timeout_s: float) -> Answer:
         """One call into the driver.
 
+        When it is left early, as by a KeyboardInterrupt, the call goes on, and the next request waits for it to end.
+
         Raises:
-            CudaError: the driver refused; carries its code.
+            CudaError: the driver refused; carries its code. Or it can't be opened, see `version`.
             HelperLostError: no answer in time, or the helper ended; it is gone then.
         """
+        self.version()
         what = f"{request.call} of process {request.pid}" if request.pid else request.call
         try:
-            self._socket.sendall(msgspec.json.encode(request) + b"\n")
+            self._serial += 1
+            self._socket.settimeout(timeout_s)
+            self._socket.sendall(msgspec.json.encode(msgspec.structs.replace(request, serial=self._serial)) + b"\n")
         except OSError as error:
             self.close()
             raise HelperLostError(f"the CUDA helper process is gone ({what} was to come): {error}") from error
         return self._answer(timeout_s, what)
 
     def close(self) -> None:
-        """End it: at once if it does not end by itself in 2 s."""
+        """End it: at once if it has not been asked anything yet, or does not end by itself in 2 s."""
         self._socket.close()
+        if self._version is None:
+            self._process.kill()
         try:
             self._process.wait(_END_S)
         except subprocess.TimeoutExpired:
@@ -103,6 +121,15 @@ class Helper:
 
     def _answer(self, timeout_s: float, what: str) -> Answer:
         deadline = time.monotonic() + timeout_s
+        while True:
+            answer = self._decoder.decode(self._line(deadline, timeout_s, what))
+            if answer.serial < self._serial:
+                continue  # nobody waited for it any more
+            if answer.failure:
+                raise CudaError(answer.failure, mend=answer.mend, result=answer.result)
+            return answer
+
+    def _line(self, deadline: float, timeout_s: float, what: str) -> bytes:
         while b"\n" not in self._rest:
             self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
@@ -125,7 +152,4 @@ class Helper:
                 raise HelperLostError(f"{what}: the CUDA helper process is gone: {reason}, status {status}")
             self._rest += received
         line, self._rest = self._rest.split(b"\n", 1)
-        answer = self._decoder.decode(line)
-        if answer.failure:
-            raise CudaError(answer.failure, mend=answer.mend, result=answer.result)
-        return answer
+        return line

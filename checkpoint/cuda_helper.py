@@ -6,6 +6,7 @@ or misses one, it is given up, and the next request, such as that of an undo, st
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import time
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
-from checkpoint.cuda import INVALID_VALUE, NO_DEVICE, NOT_INITIALIZED, NOT_READY, OUT_OF_MEMORY, Pair
+from checkpoint.cuda import INVALID_VALUE, NOT_INITIALIZED, NOT_READY, OUT_OF_MEMORY, Pair
 from checkpoint.cuda_channel import Helper, HelperLostError
 from checkpoint.cuda_program import Answer, Request
 from checkpoint.errors import CudaError, RetryError
@@ -23,7 +24,8 @@ from checkpoint.states import State, Step, way
 REAL_DRIVER: Final = "checkpoint.cuda"
 _NO_CUDA: Final = frozenset({INVALID_VALUE, NOT_INITIALIZED})
 """What the driver answers for a process that has no CUDA state."""
-_DEVICE_FILE: Final = "/dev/nvidiactl"
+_CONTROL_FILE: Final = "/dev/nvidiactl"
+_GPU_FILES: Final = "/dev/nvidia[0-9]*"
 _MEND_RECOVER: Final = "weightfs snapshot recover puts right what a snapshot left half done"
 
 _log = logging.getLogger(__name__)
@@ -56,31 +58,21 @@ class Cuda:
     """
 
     def __init__(self, module: str | None = None, deadlines: Deadlines | None = None) -> None:
-        """Open the driver, as `module` has it.
+        """Begin to open the driver, as `module` has it; the first question waits for that.
 
-        Raises:
-            CudaError: it can't be opened.
+        Every method raises CudaError if the driver can't be opened.
         """
         self._module = module or REAL_DRIVER
         self._deadlines = deadlines or Deadlines()
         self._helper: Helper | None = Helper(self._module, self._deadlines.open_s)
-        self.version = self._helper.version
 
     @classmethod
     def detect(cls) -> Cuda | None:
-        """The driver of this machine; None where there is none. `absence` says why.
+        """The driver of this machine; None where there is no driver or no GPU. `absence` says which.
 
-        Raises:
-            CudaError: there is one, but it can't be used: a GPU's process can't be snapshotted then.
+        One that is there and can't be used is not None: what is asked of it raises.
         """
-        if absence() is not None:
-            return None
-        try:
-            return cls()
-        except CudaError as error:
-            if error.result == NO_DEVICE:
-                return None
-            raise
+        return cls() if absence() is None else None
 
     def __enter__(self) -> Self:
         return self
@@ -93,6 +85,10 @@ class Cuda:
         if self._helper is not None:
             self._helper.close()
             self._helper = None
+
+    def version(self) -> str:
+        """The driver's version, as `580.159.04`."""
+        return self._ask(Request(call="version"), self._deadlines.ask_s).text
 
     def devices(self) -> tuple[Device, ...]:
         """Every GPU, with its memory as it is now."""
@@ -289,9 +285,11 @@ _PAST: Final = {
 
 
 def absence() -> str | None:
-    """Why this machine has no GPU to checkpoint, None if it has: by its device file, without opening anything."""
-    if not os.path.exists(_DEVICE_FILE):
-        return f"no Nvidia driver: there is no {_DEVICE_FILE}"
+    """Why this machine has no GPU to checkpoint, None if it has: by its device files, without opening anything."""
+    if not os.path.exists(_CONTROL_FILE):
+        return f"no Nvidia driver: there is no {_CONTROL_FILE}"
+    if not glob.glob(_GPU_FILES):
+        return f"no GPU: there is no {_GPU_FILES}"
     return None
 
 

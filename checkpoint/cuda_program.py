@@ -32,12 +32,14 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         pid: the process it is about; 0 where it is about none.
         timeout_ms: of a lock; 0 waits for ever.
         pairs: of a restore: GPU of the snapshot, GPU here.
+        serial: counts up; the answer has the same.
     """
 
     call: Literal["version", "devices", "state", "lock", "checkpoint", "restore", "unlock", "restore_thread"]
     pid: int = 0
     timeout_ms: int = 0
     pairs: tuple[tuple[str, str], ...] = ()
+    serial: int = 0
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -48,6 +50,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         number: a state, or a thread.
         text: the version.
         devices: the GPUs.
+        serial: that of the request.
     """
 
     failure: str = ""
@@ -56,6 +59,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     number: int = 0
     text: str = ""
     devices: tuple[Device, ...] = ()
+    serial: int = 0
 
 
 def answer(driver: Driver, request: Request) -> Answer:
@@ -103,7 +107,8 @@ def serve(channel: socket.socket, module: str) -> None:
     send(Answer(text=driver.version()))
     with channel.makefile("rb") as lines:
         for line in lines:
-            send(answer(driver, requests.decode(line)))
+            request = requests.decode(line)
+            send(msgspec.structs.replace(answer(driver, request), serial=request.serial))
 
 
 def main() -> None:

@@ -96,7 +96,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         pids: of all processes of the tree, the root's included.
         command: the root's command line. Nothing of its environment is kept.
         cuda_pids: those of them that use CUDA.
+        gpu_bytes: what they held of each GPU, by its UUID.
         stdio: what descriptors 0, 1 and 2 of the root led to.
+        replaced: what of that is given anew at a restore: descriptor, CRIU's name for it, path of a log file or empty.
         listeners: the TCP sockets that listened, as `ADDRESS:PORT`.
         cwd: the root's working folder.
         mount: where the weights come from, None where they lie on no weightfs mount.
@@ -104,6 +106,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         weights: every weight file in use.
         files: every file of the folder `images`; `Draft.commit` fills it in.
         phases: how long each phase of making it took, in seconds, by name.
+        point: the folder in which the process waits to be let go, None where it does not.
         hooks: whether the process itself said that it is warm, and so may have reseeded itself.
         bytes_logical: what a restore reads: the sum of `files`; `Draft.commit` fills it in.
         criu_options: those that restore needs as well, by name without dashes.
@@ -118,7 +121,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pids: list[Count]
     command: list[str]
     cuda_pids: list[Count] = []
+    gpu_bytes: dict[str, Count] = {}
     stdio: list[str] = []
+    replaced: list[tuple[int, str, str]] = []
     listeners: list[str] = []
     cwd: str
     mount: Mount | None = None
@@ -126,6 +131,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     weights: list[Weight] = []
     files: list[ImageFile] = []
     phases: dict[str, float] = {}
+    point: str | None = None
     hooks: bool = False
     bytes_logical: Count = 0
     criu_options: dict[str, Any] = {}

@@ -19,6 +19,7 @@ Kind = Literal["file", "folder", "device", "tty", "pipe", "fifo", "socket", "mem
 PROC: Final = "/proc"
 
 _DELETED: Final = " (deleted)"
+_MEMORY: Final = ("/memfd:", "/SYSV", "/dev/zero", "/secretmem", "/anon_hugepage")
 _NAMED_INODE: Final = re.compile(r"(?:pipe|socket):\[(\d+)\]$")
 _PTMX: Final = frozenset({(5, 2)})
 _TTY_MAJORS: Final = frozenset({4, 5, *range(136, 144), 204, 229})
@@ -37,10 +38,12 @@ class Descriptor:
         mount_id: as in /proc/PID/mountinfo; 0 where the kernel does not say.
         device: `st_dev` of what is open, 0 where it can't be asked.
         inode: its inode number (of a pipe or socket the number in its name).
+        rdev: `st_rdev` of a device, else 0.
         size: of a regular file in bytes, else 0.
         kind: what it is.
         is_deleted: its name is gone (a memfd's never was).
         locks: the locks held through it, a line of /proc/locks each.
+        pty: the number N of the terminal /dev/pts/N of which it is the other end, None of everything else.
     """
 
     fd: int
@@ -50,10 +53,12 @@ class Descriptor:
     mount_id: int = 0
     device: int = 0
     inode: int = 0
+    rdev: int = 0
     size: int = 0
     kind: Kind
     is_deleted: bool = False
     locks: tuple[str, ...] = ()
+    pty: int | None = None
 
     @property
     def can_write(self) -> bool:
@@ -71,7 +76,7 @@ class Mapping:
         offset: of `start` in the file.
         device, inode: of the file, 0 where there is none.
         path: of the file, ` (deleted)` taken off; `[heap]`, `[anon:NAME]` and the like; empty for plain memory.
-        is_deleted: the file's name is gone.
+        is_deleted: the file's name is gone (memory has none).
     """
 
     start: int
@@ -89,9 +94,14 @@ class Mapping:
         return self.end - self.start
 
     @property
+    def is_memory(self) -> bool:
+        """Whether it is shared memory that only looks like a file, whose name was never anywhere."""
+        return self.path.startswith(_MEMORY)
+
+    @property
     def is_file(self) -> bool:
         """Whether a file with a name, now or once, is behind it."""
-        return self.inode != 0 and self.path.startswith("/")
+        return self.inode != 0 and self.path.startswith("/") and not self.is_memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +119,7 @@ class Process:
         descriptors: in ascending order.
         mappings: in ascending order.
         namespaces: the inode of each, by its name in /proc/PID/ns: `mnt`, `pid`, `net`, `user`.
+        mounts: the numbers of the mounts in its mount namespace, as `Descriptor.mount_id` has them.
         threads: how many.
     """
 
@@ -127,6 +138,7 @@ class Process:
     descriptors: tuple[Descriptor, ...] = ()
     mappings: tuple[Mapping, ...] = ()
     namespaces: dict[str, int]
+    mounts: frozenset[int] = frozenset()
     threads: int = 1
 
     @property
@@ -148,7 +160,9 @@ def tree_of(pid: int, *, proc: str = PROC) -> tuple[Process, ...]:
     while waiting:
         current = waiting.pop(0)
         try:
-            found.append(process(current, proc=proc))
+            if (leader := _leader(f"{proc}/{current}")) != current:
+                raise TargetError(f"{current} is a thread of process {leader}", mend=f"snapshot process {leader}")
+            found.append(_looked_at(current, proc))
             waiting += children_of(current, proc=proc)
         except (FileNotFoundError, ProcessLookupError):
             if current == pid:
@@ -156,6 +170,13 @@ def tree_of(pid: int, *, proc: str = PROC) -> tuple[Process, ...]:
         except PermissionError as e:
             raise TargetError(f"process {current} may not be looked at: {e}", mend="run it as root") from e
     return tuple(found)
+
+
+def _looked_at(pid: int, proc: str) -> Process:
+    try:
+        return process(pid, proc=proc)
+    except (FileNotFoundError, ProcessLookupError):
+        return process(pid, proc=proc)  # one that ends while it is looked at is seen as ended the second time
 
 
 def children_of(pid: int, *, proc: str = PROC) -> list[int]:
@@ -207,7 +228,18 @@ def process(pid: int, *, proc: str = PROC) -> Process:
         descriptors=tuple(descriptors_of(pid, proc=proc)),
         mappings=tuple(mappings_of(pid, proc=proc)),
         namespaces=namespaces_of(pid, proc=proc),
+        mounts=_mounts(folder),
     )
+
+
+def _leader(folder: str) -> int:
+    with open(f"{folder}/status", encoding="utf-8", errors="surrogateescape") as file:
+        return int(next(line for line in file if line.startswith("Tgid:")).split()[1])
+
+
+def _mounts(folder: str) -> frozenset[int]:
+    with open(f"{folder}/mountinfo", "rb") as file:
+        return frozenset(int(line.split(None, 1)[0]) for line in file)
 
 
 def start_ticks(pid: int, *, proc: str = PROC) -> int | None:
@@ -273,10 +305,12 @@ def _descriptor(fd: int, target: str, info: str, status: os.stat_result | None) 
         mount_id=int(values.get("mnt_id", 0)),
         device=status.st_dev if status else 0,
         inode=inode or (status.st_ino if status else 0),
+        rdev=status.st_rdev if status else 0,
         size=status.st_size if status and stat.S_ISREG(status.st_mode) else 0,
         kind=kind,
         is_deleted=kind != "memfd" and is_deleted,
         locks=tuple(line.split("\t", 1)[1] for line in info.splitlines() if line.startswith("lock:")),
+        pty=int(values["tty-index"]) if "tty-index" in values else None,
     )
 
 
@@ -331,7 +365,7 @@ def mapping(line: str) -> Mapping:
         device=os.makedev(int(major, 16), int(minor, 16)),
         inode=int(inode),
         path=path,
-        is_deleted=is_deleted,
+        is_deleted=is_deleted and not path.startswith(_MEMORY),
     )
 
 

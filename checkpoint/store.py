@@ -66,6 +66,12 @@ class Store:
     def __init__(self, path: str = DEFAULT) -> None:
         self.path = os.path.abspath(path)
 
+    def require_new(self, name: str, *, replace: bool) -> None:
+        """Refuse a name before a process is started for it; see `begin`."""
+        manifest.require_name(name)
+        if not replace:
+            self._require_free(name)
+
     def begin(self, name: str, *, replace: bool = False) -> Draft:
         """Begin a snapshot.
 

@@ -9,8 +9,13 @@ Those in `OBSERVED` the double does not play; their answers are recorded to be r
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from checkpoint.cuda_channel import Helper, HelperLostError
@@ -41,8 +46,11 @@ class Bench(Protocol):
     def helper(self) -> Helper:
         """A helper with the driver open; the same each time while it lives."""
 
-    def victim(self, kind: str, mib: int = 0) -> Victim:
-        """A process of a kind of `tests/gpu/child.py`."""
+    def other_helper(self) -> Helper:
+        """Another, which the caller closes."""
+
+    def victim(self, kind: str, mib: int = 0, environment: Mapping[str, str] | None = None) -> Victim:
+        """A process of a kind of `tests/gpu/child.py`; `environment` adds to ours."""
 
     def free_mib(self) -> int:
         """Memory free on the first GPU."""
@@ -226,6 +234,41 @@ def shared(trace: Trace) -> None:
         victim.end()
 
 
+def meanwhile(trace: Trace) -> None:
+    """Asked by a second caller while a call of a first one about the same process is under way, and after it."""
+    victim = trace.bench.victim("context", 16_384)
+    trace.move("lock", "large", victim.pid, timeout_ms=5000)
+    other = trace.bench.other_helper()
+    for first in ("checkpoint", "restore"):
+        thread = threading.Thread(target=lambda call=first: other.ask(Request(call=call, pid=victim.pid), MOVE_S))
+        thread.start()
+        time.sleep(0.3)  # the call is to be under way, and nothing shows that it is
+        trace.call("state", f"during {first}", victim.pid)
+        trace.call("unlock", f"during {first}", victim.pid)
+        thread.join()
+        trace.call("state", f"after {first}", victim.pid)
+    trace.move("unlock", "large", victim.pid)
+    trace.says("large", victim, "check")
+    other.close()
+
+
+def mps(trace: Trace) -> None:
+    """A client of the multi-process service. Its daemon is started for it and ended; no mode of the GPU is changed."""
+    control = "nvidia-cuda-mps-control"
+    if shutil.which(control) is None:
+        trace.calls.append({"lacks": control})
+        return
+    with tempfile.TemporaryDirectory(prefix="mps-") as folder:
+        where = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
+        subprocess.run([control, "-d"], env=os.environ | where, check=True, timeout=30)
+        try:
+            victim = trace.bench.victim("context", 64, where)
+            _around(trace, "client", victim)
+            victim.end()
+        finally:
+            subprocess.run([control], input=b"quit\n", env=os.environ | where, check=True, timeout=60)
+
+
 def _around(trace: Trace, name: str, victim: Victim) -> None:
     trace.call("state", name, victim.pid)
     trace.move("lock", name, victim.pid, timeout_ms=5000)
@@ -248,7 +291,9 @@ MODELLED: tuple[Callable[[Trace], None], ...] = (
     wrong_pairs,
     too_little_memory,
 )
-OBSERVED: tuple[Callable[[Trace], None], ...] = (managed, shared)
+OBSERVED: tuple[Callable[[Trace], None], ...] = (managed, meanwhile, shared)
+ASKED_FOR: tuple[Callable[[Trace], None], ...] = (mps,)
+"""Not run unless named, because they start a service on the machine."""
 
 
 def compared(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:

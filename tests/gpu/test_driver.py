@@ -79,6 +79,40 @@ def test_two_processes_go_and_come_back_together(bench: RealBench, cuda: Cuda) -
         assert [one.tell("check") for one in victims] == ["ok", "ok"]
 
 
+def test_two_helpers_at_once(bench: RealBench) -> None:
+    """Whether the driver takes two calls at once, and what it gains: the figures decide how a tree is checkpointed."""
+    victims = [bench.victim("context", 4096) for _ in range(2)]
+    helpers = [Cuda() for _ in victims]
+    took: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[Cuda, int], None], *, together: bool) -> None:
+        started = time.monotonic()
+        if together:
+            threads = [
+                threading.Thread(target=work, args=(cuda, one.pid)) for cuda, one in zip(helpers, victims, strict=True)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        else:
+            for one in victims:
+                work(helpers[0], one.pid)
+        took[f"{name} {'together' if together else 'in turn'}"] = round(time.monotonic() - started, 3)
+
+    try:
+        for together in (False, True):
+            timed("lock", lambda cuda, pid: cuda.lock_all([pid], 10), together=together)
+            timed("checkpoint", lambda cuda, pid: cuda.checkpoint_all([pid]), together=together)
+            timed("restore", lambda cuda, pid: cuda.restore_all([pid]), together=together)
+            timed("unlock", lambda cuda, pid: cuda.unlock_all([pid]), together=together)
+            assert [one.tell("check") for one in victims] == ["ok", "ok"]
+    finally:
+        for cuda in helpers:
+            cuda.close()
+    print("\ntwice 4 GiB:", took)
+
+
 def test_one_that_is_busy_does_not_keep_the_other_locked(bench: RealBench, cuda: Cuda) -> None:
     quiet, busy = bench.victim("context", 64), bench.victim("context", 64)
     assert busy.tell("busy") == "ok"

@@ -385,7 +385,7 @@ def _gpus() -> list[str]:
     if cuda is None:
         return []
     with cuda:
-        return [f"{one.name}, driver {cuda.version}" for one in cuda.devices()]
+        return [f"{one.name}, driver {cuda.version()}" for one in cuda.devices()]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""Stopped processes: let go, ended, waited for. Every pid is checked to be the process that was meant."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from checkpoint.errors import CheckpointError
+from checkpoint.processes import Process, process, start_ticks
+
+_LOOK_S: Final = 0.005
+_END_S: Final = 30.0
+
+Tree = Sequence[tuple[int, int]]
+"""(pid, start in clock ticks) of every process."""
+
+
+def tree(processes: Iterable[Process]) -> list[tuple[int, int]]:
+    """What names these processes also when their pids are taken by others."""
+    return [(one.pid, one.start_ticks) for one in processes]
+
+
+def resume(who: Tree) -> None:
+    """Let processes go on that are stopped."""
+    _signal(who, signal.SIGCONT)
+
+
+def end(who: Tree) -> None:
+    """Kill processes, and wait until they are gone.
+
+    Raises:
+        CheckpointError: one does not die (it waits in the kernel).
+    """
+    _signal(who, signal.SIGKILL)
+    until = time.monotonic() + _END_S
+    for pid, since in who:
+        while is_there(pid, since):
+            if time.monotonic() > until:
+                raise CheckpointError(f"process {pid} does not die", mend="see what it waits for: /proc/PID/stack")
+            time.sleep(_LOOK_S)
+
+
+def is_there(pid: int, since: int) -> bool:
+    """Whether a process is still there, and has not ended."""
+    if start_ticks(pid) != since:
+        return False
+    try:
+        return not process(pid).has_ended
+    except OSError:
+        return False
+
+
+def _signal(who: Tree, number: signal.Signals) -> None:
+    for pid, since in who:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            if start_ticks(pid) == since:
+                signal.pidfd_send_signal(pidfd, number)
+        except ProcessLookupError:
+            pass
+        finally:
+            os.close(pidfd)

@@ -1,0 +1,242 @@
+"""Makes a snapshot of a process tree: all of it, or the tree goes on as it was found.
+
+    step            undone by
+    begun           nothing: nothing has been touched
+    locking         CUDA processes are unlocked
+    checkpointing   their GPU memory is brought back, they are unlocked
+    dumping         CRIU is ended; the tree is let go, and as above
+    committing      as above; the draft is removed
+    committed       nothing: completed by `finishing`
+    finishing       completed: the tree is ended, or let go on where that was asked for
+
+CRIU leaves the tree stopped, so that it can still go on when the snapshot can't be written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from checkpoint import control, criu, criu_command, in_use, points, processes, stdio
+from checkpoint.errors import CorruptError, CudaError, RetryError, TargetError
+from checkpoint.findings import Finding
+from checkpoint.journal import Entry, Journal
+from checkpoint.machine import fingerprint_here
+from checkpoint.manifest import Manifest
+from checkpoint.phases import Phases
+from checkpoint.preflight import examine
+from checkpoint.processes import Process
+from checkpoint.states import State
+from checkpoint.store import Draft, Snapshot, Store
+from checkpoint.tools import Tools
+from checkpoint.weights import identify, unchanged_since
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CreateOptions:
+    """How a snapshot is made.
+
+    Attributes:
+        leave_running: the process goes on afterwards; else it ends.
+        replace: a snapshot of that name makes way.
+        timeout_s: for the GPU to come to rest, and again for CRIU.
+        point: the folder through which the process speaks with us, None where it does not.
+    """
+
+    leave_running: bool = False
+    replace: bool = False
+    timeout_s: float = 120.0
+    point: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Created:
+    """What was made.
+
+    Attributes:
+        snapshot: as it is in the store.
+        pid: of the root.
+        seconds: by phase.
+        findings: what the snapshot changes for the process, none of it fatal.
+    """
+
+    snapshot: Snapshot
+    pid: int
+    seconds: dict[str, float]
+    findings: list[Finding]
+
+
+def create(name: str, pid: int, store: Store, tools: Tools, options: CreateOptions) -> Created:
+    """Snapshot a process and its descendants.
+
+    Raises:
+        TargetError: it can't be, as it is.
+        CheckpointError: see `checkpoint.errors`; whatever is raised, the tree is as it was, or the error says which
+            process is not.
+    """
+    phases = Phases()
+    with phases.phase("look"):
+        tree = processes.tree_of(pid)
+        if tree[0].has_ended:
+            raise TargetError(f"process {pid} has ended")
+        pids = [one.pid for one in tree if not one.has_ended]
+        cuda = tools.cuda.states(pids) if tools.cuda is not None else {}
+        for each, state in cuda.items():
+            if state is not State.RUNNING:
+                raise RetryError(
+                    f"process {each} is {state.word} by another checkpoint",
+                    mend="weightfs snapshot recover puts right what one has left half done",
+                )
+    entry = Entry(
+        kind="create",
+        name=name,
+        store=store.path,
+        tree=control.tree(tree),
+        root=pid,
+        command=list(tree[0].cmdline),
+        cuda={each: int(state) for each, state in cuda.items()},
+        leave_running=options.leave_running,
+    )
+    with Journal(entry) as journal:
+        draft = store.begin(name, replace=options.replace)
+        try:
+            return _create(tree, draft, tools, options, phases, journal)
+        finally:
+            draft.abandon()
+
+
+def _create(
+    tree: Sequence[Process], draft: Draft, tools: Tools, options: CreateOptions, phases: Phases, journal: Journal
+) -> Created:
+    entry = journal.entry
+    gpu_bytes = tools.cuda.used_bytes(list(entry.cuda)) if tools.cuda is not None and entry.cuda else {}
+    with phases.phase("weights"):
+        seen = in_use.mounts_seen(entry.root)
+        paths = in_use.weight_files(tree, (one.mountpoint for one in seen))
+        weights = identify(
+            paths,
+            mountpoints=[one.mountpoint for one in seen],
+            cache=tools.cache,
+            root=f"/proc/{entry.root}/root",
+        )
+    found = examine(
+        tree,
+        criu=tools.criu,
+        weights_roots=[one.mountpoint for one in seen],
+        store=os.path.dirname(draft.folder),
+        gpu_bytes=sum(gpu_bytes.values()),
+    )
+    if fatal := [one for one in found if one.fatal]:
+        more = f" (and {len(fatal) - 1} more)" if len(fatal) > 1 else ""
+        raise TargetError(
+            f"process {fatal[0].pid} can't be snapshotted: {fatal[0].what}: {fatal[0].why}{more}",
+            mend=fatal[0].mend,
+            findings=[one.document() for one in found],
+        )
+    mount = next((one for one in seen if any(each.mountpoint == one.mountpoint for each in weights.weights)), None)
+    dumped = criu_command.options_for(tree)
+    replaced = stdio.resources(tree)
+    try:
+        if tools.cuda is not None and entry.cuda:
+            journal.at("locking")
+            with phases.phase("cuda lock"):
+                tools.cuda.lock_all(list(entry.cuda), options.timeout_s)
+            journal.at("checkpointing")
+            with phases.phase("cuda checkpoint"):
+                tools.cuda.checkpoint_all(list(entry.cuda))
+        journal.at("dumping", images=draft.images)
+        with phases.phase("criu dump"):
+            criu.dump(tools.criu, entry.root, draft.images, replace(dumped, leave_stopped=True), options.timeout_s)
+        journal.at("committing")
+        with phases.phase("store"):
+            unchanged_since(weights.identities)
+            said = Manifest(
+                name=draft.name,
+                id=draft.id,
+                created_ns=time.time_ns(),
+                root_pid=entry.root,
+                pids=[pid for pid, _ in entry.tree],
+                command=entry.command,
+                cuda_pids=list(entry.cuda),
+                gpu_bytes=gpu_bytes,
+                stdio=[_leads_to(tree[0], fd) for fd in (0, 1, 2)],
+                replaced=replaced,
+                cwd=tree[0].cwd,
+                mount=mount,
+                fingerprint=fingerprint_here(
+                    criu=tools.criu,
+                    mountpoint=mount.mountpoint if mount else None,
+                    command=entry.command,
+                    root=f"/proc/{entry.root}/root",
+                ),
+                weights=list(weights.weights),
+                phases=phases.seconds,
+                hooks=options.point is not None and points.reached(options.point) is not None,
+                point=options.point,
+                criu_options=_kept(criu_command.restore_options_of(dumped)),
+            )
+            snapshot = draft.commit(said)
+    except BaseException as failure:
+        try:
+            undo(entry, tools)
+        except CudaError as stuck:
+            raise CudaError(f"{failure}; {stuck.message}", mend=stuck.mend, stuck=stuck.stuck) from failure
+        raise
+    journal.at("finishing")
+    with phases.phase("finish"):
+        finish(entry, tools, options.point)
+    return Created(snapshot=snapshot, pid=entry.root, seconds=phases.seconds, findings=found)
+
+
+def undo(entry: Entry, tools: Tools) -> None:
+    """Bring the tree back to how it was found, from wherever a create stopped before it had committed.
+
+    Raises:
+        CudaError: a process is stuck.
+    """
+    control.resume(entry.tree)
+    if tools.cuda is not None and entry.cuda:
+        tools.cuda.settle({pid: State(number) for pid, number in entry.cuda.items()})
+
+
+def finish(entry: Entry, tools: Tools, point: str | None) -> None:
+    """After a create has committed: the tree ends, or goes on.
+
+    Raises:
+        CudaError: a process that is to go on is stuck.
+        CheckpointError: one that is to end does not.
+    """
+    if not entry.leave_running:
+        control.end(entry.tree)
+        return
+    undo(entry, tools)
+    if point is not None:
+        points.let_go(point, "continued")
+
+
+def _leads_to(process: Process, fd: int) -> str:
+    return next((one.target for one in process.descriptors if one.fd == fd), "")
+
+
+def _kept(options: criu_command.RestoreOptions) -> dict[str, Any]:
+    """The options that say something."""
+    defaults = dataclasses.asdict(criu_command.RestoreOptions())
+    return {key: value for key, value in dataclasses.asdict(options).items() if value != defaults[key]}
+
+
+def options_kept(kept: dict[str, Any]) -> criu_command.RestoreOptions:
+    """What `criu_options` of a manifest stand for; options of a later version are left out.
+
+    Raises:
+        CorruptError: they are none.
+    """
+    try:
+        return msgspec.convert(kept, criu_command.RestoreOptions)
+    except msgspec.ValidationError as e:
+        raise CorruptError(f"holds CRIU options that are none: {e}", path="manifest.json") from e

@@ -1,0 +1,134 @@
+"""What a command has begun: written before each step, so that whoever comes after its death can complete or undo it.
+
+A journal is a file below /run: processes do not outlive the machine's uptime, and neither need it. Its owner holds a
+flock on it; one that is not locked was left by a command that died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgspec
+
+from checkpoint.errors import CheckpointError
+
+FOLDER: Final = "/run/weightfs/checkpoint"
+
+
+class Entry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What is under way.
+
+    Attributes:
+        kind: `create` or `restore`.
+        step: the last one that was begun; see `creation` and `restoration`.
+        name: of the snapshot.
+        store: its folder.
+        images: the folder CRIU writes to or reads.
+        tree: (pid, start in clock ticks) of every process; of a restore, empty.
+        root: pid of the root.
+        command: the root's command line.
+        cuda: the number of the state in which each CUDA process was found, by pid.
+        leave_running: a create's option.
+        since_ticks: clock ticks since boot when it began.
+    """
+
+    kind: str
+    step: str = "begun"
+    name: str
+    store: str
+    images: str = ""
+    tree: list[tuple[int, int]] = []
+    root: int = 0
+    command: list[str] = []
+    cuda: dict[int, int] = {}
+    leave_running: bool = False
+    since_ticks: int = 0
+
+
+class Journal:
+    """One command's journal, a context manager: what leaves it has come to an end that needs no recovery.
+
+    Args:
+        entry: what is begun.
+        folder: where it lies.
+
+    Attributes:
+        entry: what is written; `at` changes it.
+    """
+
+    def __init__(self, entry: Entry, folder: str = FOLDER) -> None:
+        self.entry = entry
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        self._path = os.path.join(folder, f"{secrets.token_hex(8)}.json")
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._write()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        os.close(self._fd)
+
+    def at(self, step: str, **changes: Any) -> None:
+        """A step begins; `changes` are to the entry."""
+        self.entry.step = step
+        for key, value in changes.items():
+            setattr(self.entry, key, value)
+        self._write()
+
+    def _write(self) -> None:
+        # In place, since the lock is the file's. Written whole with one call and shortened after it: whoever reads
+        # takes the first line.
+        content = msgspec.json.encode(self.entry) + b"\n"
+        os.pwrite(self._fd, content, 0)
+        os.ftruncate(self._fd, len(content))
+
+
+def left_over(folder: str = FOLDER) -> Iterator[tuple[str, Entry]]:
+    """Journals of commands that died, each locked while it is dealt with; gives its path and entry.
+
+    Raises:
+        CheckpointError: one can't be read.
+    """
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return
+    for name in names:
+        path = os.path.join(folder, name)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            content = os.pread(fd, os.fstat(fd).st_size, 0).partition(b"\n")[0]
+            if not content or not os.path.exists(path):  # it died before it began anything, or ended meanwhile
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+                continue
+            try:
+                entry = msgspec.json.decode(content, type=Entry)
+            except msgspec.DecodeError as e:
+                raise CheckpointError(
+                    f"can't be read: {e}", path=path, mend="look what is stopped (ps -e), then remove it"
+                ) from e
+            yield path, entry
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(fd)
+
+
+def finish(path: str) -> None:
+    """A journal that was left over has been dealt with."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)

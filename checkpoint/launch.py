@@ -1,0 +1,84 @@
+"""Starts a process that is to be snapshotted once it is warm."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+
+from checkpoint import control, points, readiness, stdio
+from checkpoint.creation import Created, CreateOptions, create
+from checkpoint.errors import CheckpointError
+from checkpoint.processes import start_ticks
+from checkpoint.readiness import Readiness
+from checkpoint.store import Store
+from checkpoint.tools import Tools
+
+
+def create_of_command(
+    name: str,
+    command: Sequence[str],
+    store: Store,
+    tools: Tools,
+    options: CreateOptions,
+    ready: Readiness,
+    ready_timeout_s: float,
+    *,
+    log: str | None = None,
+) -> Created:
+    """Start a command, wait until it is ready, and snapshot it; it ends when that fails.
+
+    Args:
+        name, store, tools, options: see `creation.create`.
+        command: and its arguments.
+        ready: how it shows that it is ready, besides its own `snapshot_point`.
+        ready_timeout_s: for that.
+        log: takes what it writes; None for one named after the snapshot.
+
+    Raises:
+        SnapshotNameError: there is one of that name.
+        CheckpointError: it can't be started, or ends too early; and what `creation.create` raises.
+        RetryError: it was not ready in time.
+    """
+    store.require_new(name, replace=options.replace)
+    point = points.make()
+    with stdio.log(log or os.path.join(stdio.LOGS, f"{name}.log")) as output:
+        child = start(command, output, point)
+    root = (child.pid, start_ticks(child.pid) or 0)
+    try:
+        readiness.wait(replace(ready, point=point), ready_timeout_s, lambda: child.poll() is None)
+        reached = points.reached(point) is not None
+        made = create(name, child.pid, store, tools, replace(options, point=point if reached else None))
+    except BaseException:
+        control.end([root])
+        raise
+    finally:
+        child.poll()
+        if not options.leave_running:
+            child.wait()
+    return made
+
+
+def start(command: Sequence[str], output: int | None, point: str) -> subprocess.Popen[bytes]:
+    """Start a command that may say when it is warm.
+
+    Args:
+        command: and its arguments.
+        output: takes what it writes, and it is the leader of a session of its own; None keeps our stdio and session.
+        point: see `checkpoint.points`.
+
+    Raises:
+        CheckpointError: it can't be started.
+    """
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=None if output is None else subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=output is not None,
+            env={**os.environ, points.VARIABLE: point},
+        )
+    except OSError as e:
+        raise CheckpointError(f"can't be started: {os.strerror(e.errno or 0)}", path=command[0]) from e

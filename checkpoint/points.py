@@ -1,0 +1,42 @@
+"""The folder through which a process and the commands speak: see `checkpoint.client`, which runs inside the process.
+
+    FOLDER/ready    written by the process: it is warm, and waits. JSON: {name, pid}
+    FOLDER/go       written by a command: JSON: {token, state}, state being `continued` or `restored`
+
+Files, because nothing else survives in a process that CRIU dumps and that is restored hours later, more than once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from typing import Final
+
+VARIABLE: Final = "WEIGHTFS_SNAPSHOT_POINT"
+FOLDER: Final = "/run/weightfs/points"
+
+
+def make() -> str:
+    """A new, empty folder for a process that is about to be started."""
+    path = os.path.join(FOLDER, secrets.token_hex(8))
+    os.makedirs(path, mode=0o700)
+    return path
+
+
+def reached(folder: str) -> str | None:
+    """The name of the point at which the process waits, None before."""
+    try:
+        with open(os.path.join(folder, "ready"), encoding="utf-8") as file:
+            return str(json.load(file)["name"])
+    except FileNotFoundError:
+        return None
+
+
+def let_go(folder: str, state: str) -> None:
+    """Tell the process that it may go on, and whether it is the one it was (`continued`) or a restored one."""
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    path = os.path.join(folder, "go")
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
+        json.dump({"token": secrets.token_hex(8), "state": state}, file)
+    os.rename(f"{path}.new", path)

@@ -1,0 +1,243 @@
+"""`snapshot create`, `restore`, `recover`: processes into the store and out of it.
+
+As in `snapshot_store`, `checkpoint` is imported where it is needed: `mount` is not to wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from weightfs.cli.mounting import Json
+from weightfs.cli.output import emit, human_bytes, printable, reporting, say
+from weightfs.cli.snapshot_store import DEFAULT_STORE, StoreFolder
+from weightfs.errors import UnfitError, UsageError
+
+if TYPE_CHECKING:
+    from checkpoint.creation import Created
+    from checkpoint.errors import MisfitError
+    from checkpoint.restoration import Restored
+    from checkpoint.tools import Tools
+
+Name = Annotated[str, typer.Argument(help="Of the snapshot.")]
+Timeout = Annotated[float, typer.Option(help="Seconds for the GPU to come to rest, and for CRIU.")]
+KeyFile = Annotated[str | None, typer.Option(help="File with the 32 raw bytes of a key, mode 0600.")]
+KeyEnv = Annotated[str | None, typer.Option(help="Variable that holds a key.")]
+KeyCommand = Annotated[str | None, typer.Option(help="Command that prints a key.")]
+NoEncrypt = Annotated[bool, typer.Option("--no-encrypt", help="Memory is stored as it is, passwords and all.")]
+ReadyUrl = Annotated[str | None, typer.Option(help="Ready when this address answers a GET.")]
+ReadyFile = Annotated[str | None, typer.Option(help="Ready when this file exists.")]
+ReadyTimeout = Annotated[float, typer.Option(help="Seconds to wait until it is ready.")]
+WaitUrl = Annotated[str | None, typer.Option(help="Return once this address answers a GET.")]
+Log = Annotated[str | None, typer.Option(help="File for what the process writes.")]
+REST = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def create(
+    context: typer.Context,
+    name: Name,
+    pid: Annotated[int | None, typer.Option(help="The process, with its descendants.")] = None,
+    ready_url: ReadyUrl = None,
+    ready_file: ReadyFile = None,
+    ready_timeout: ReadyTimeout = 600.0,
+    leave_running: Annotated[bool, typer.Option("--leave-running", help="It goes on afterwards.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="A snapshot of that name makes way.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="CRIU's images as they are; so far always.")] = False,
+    log: Log = None,
+    timeout: Timeout = 120.0,
+    store: StoreFolder = DEFAULT_STORE,
+    key_file: KeyFile = None,
+    key_env: KeyEnv = None,
+    key_command: KeyCommand = None,
+    no_encrypt: NoEncrypt = False,
+    as_json: Json = False,
+) -> None:
+    """Snapshot a process: one that runs, or COMMAND, which is started for it. Do it before the first user's request.
+
+    Example: weightfs snapshot create llama --no-encrypt --ready-url http://127.0.0.1:8000/health -- llama-server -m M
+    """
+    del plain
+    with reporting(as_json=as_json), undone_by_signals():
+        require_key_choice(key_file or key_env or key_command, no_encrypt=no_encrypt)
+        command = list(context.args)
+        if (pid is None) == (not command):
+            raise UsageError("name either a process (--pid) or a command (-- COMMAND...)")
+        from checkpoint import creation, launch, readiness
+        from checkpoint.store import Store
+
+        opened = Store(store)
+        options = creation.CreateOptions(leave_running=leave_running, replace=replace, timeout_s=timeout)
+        ready = readiness.Readiness(url=ready_url, file=ready_file)
+        with tools() as found:
+            if pid is None:
+                made = launch.create_of_command(name, command, opened, found, options, ready, ready_timeout, log=log)
+            else:
+                if ready.is_asked_for:
+                    readiness.wait(ready, ready_timeout, readiness.while_there(pid))
+                made = creation.create(name, pid, opened, found, options)
+        _say_created(made, as_json=as_json)
+
+
+def restore(
+    name: Name,
+    wait_url: WaitUrl = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for CRIU, and again until it answers.")] = 120.0,
+    log: Log = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare the images' digests.")] = False,
+    store: StoreFolder = DEFAULT_STORE,
+    key_file: KeyFile = None,
+    key_env: KeyEnv = None,
+    key_command: KeyCommand = None,
+    no_encrypt: NoEncrypt = False,
+    as_json: Json = False,
+) -> None:
+    """Bring a process back from its snapshot; prints its pid.
+
+    Example: weightfs snapshot restore llama --no-encrypt --wait-url http://127.0.0.1:8000/health
+    """
+    with reporting(as_json=as_json), differences_shown(), undone_by_signals():
+        require_key_choice(key_file or key_env or key_command, no_encrypt=no_encrypt)
+        from checkpoint import restoration
+        from checkpoint.readiness import Readiness
+        from checkpoint.store import Store
+
+        options = restoration.RestoreOptions(
+            ready=Readiness(url=wait_url) if wait_url else None, timeout_s=timeout, log=log, verify=not no_verify
+        )
+        with tools() as found:
+            back = restoration.restore(name, Store(store), found, options)
+        for warning in back.warnings:
+            sys.stderr.write(f"weightfs: {printable(warning)}\n")
+        _say_restored(back, as_json=as_json)
+
+
+def recover(as_json: Json = False) -> None:
+    """Complete or undo what a snapshot command that died has begun. Every other snapshot command does it first.
+
+    Example: weightfs snapshot recover
+    """
+    with reporting(as_json=as_json):
+        from checkpoint import recovery
+        from checkpoint.tools import found
+
+        with found() as tools_found:
+            done = recovery.recover(tools_found)
+        if as_json:
+            emit({"recovered": [{"kind": o.kind, "name": o.name, "step": o.step, "outcome": o.outcome} for o in done]})
+            return
+        for one in done:
+            say(f"{one.kind} of {one.name}, which died while {one.step}: {one.outcome}")
+        if not done:
+            say("nothing was left half done")
+
+
+@contextlib.contextmanager
+def tools() -> Iterator[Tools]:
+    """What a snapshot needs of this machine; what commands that died have begun is put right first."""
+    from checkpoint import recovery
+    from checkpoint.tools import found
+
+    if os.geteuid() != 0:
+        raise UnfitError("snapshots need root: CRIU reads and writes other processes", mend="run it as root")
+    with found() as these:
+        for one in recovery.recover(these):
+            text = f"weightfs: {one.kind} of {one.name}, which died while {one.step}, is {one.outcome}"
+            sys.stderr.write(printable(text) + "\n")
+        yield these
+
+
+@contextlib.contextmanager
+def undone_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the command as SIGINT does: what it has begun is undone."""
+
+    def end(number: int, _: object) -> NoReturn:
+        for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # the undoing is not to be cut off
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    before = {each: signal.signal(each, end) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextlib.contextmanager
+def differences_shown() -> Iterator[None]:
+    """Before a misfit is reported, what differs goes to stderr as a table."""
+    from checkpoint.errors import MisfitError
+
+    try:
+        yield
+    except MisfitError as e:
+        _show_differences(e)
+        raise
+
+
+def _show_differences(error: MisfitError) -> None:
+    for one in error.differences:
+        mark = "matters" if one["matters"] else "does not matter"
+        sys.stderr.write(
+            printable(f"  {one['what']}: {one['snapshot']} there, {one['here']} here; {mark}: {one['why']}") + "\n"
+        )
+
+
+def require_key_choice(key: str | None, *, no_encrypt: bool) -> None:
+    """Scripts say from the start whether a snapshot is encrypted.
+
+    Raises:
+        UsageError: they say nothing, or both.
+        UnfitError: it is to be encrypted, which this version can't.
+    """
+    if key and no_encrypt:
+        raise UsageError("a key and --no-encrypt contradict each other")
+    if key:
+        raise UnfitError("this version can't encrypt snapshots yet", mend="use --no-encrypt, on a disk that encrypts")
+    if not no_encrypt:
+        raise UsageError("say whether the snapshot is encrypted: --key-file, --key-env, --key-command or --no-encrypt")
+
+
+def _say_created(made: Created, *, as_json: bool) -> None:
+    manifest = made.snapshot.manifest
+    for one in made.findings:
+        sys.stderr.write(printable(f"weightfs: {one}") + "\n")
+    if as_json:
+        emit(
+            {
+                "name": manifest.name,
+                "id": manifest.id,
+                "pid": made.pid,
+                "phases": made.seconds,
+                "bytes": {"logical": manifest.bytes_logical, "stored": made.snapshot.bytes_stored},
+                "findings": [one.document() for one in made.findings],
+            }
+        )
+        return
+    say(f"{manifest.name}: process {made.pid}, {human_bytes(made.snapshot.bytes_stored)} ({_told(made.seconds)})")
+
+
+def _say_restored(back: Restored, *, as_json: bool) -> None:
+    if as_json:
+        document: dict[str, Any] = {
+            "name": back.manifest.name,
+            "id": back.manifest.id,
+            "pid": back.pid,
+            "phases": back.seconds,
+            "bytes": {"logical": back.manifest.bytes_logical, "read": back.bytes_read},
+            "warnings": back.warnings,
+        }
+        emit(document)
+        return
+    say(f"{back.pid}")
+    sys.stderr.write(f"weightfs: {back.manifest.name} restored ({_told(back.seconds)})\n")
+
+
+def _told(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{name} {spent:.3f} s" for name, spent in seconds.items())
