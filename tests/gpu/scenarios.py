@@ -212,7 +212,9 @@ def wrong_pairs(trace: Trace) -> None:
 def managed(trace: Trace) -> None:
     """With managed memory (UVM)."""
     victim = trace.bench.victim("context", 64)
+    trace.calls.append({"seen": victim.tell("seen"), "of": "without"})
     trace.says("context", victim, "managed")
+    trace.calls.append({"seen": victim.tell("seen"), "of": "with"})
     _around(trace, "with managed memory", victim)
 
 
@@ -233,6 +235,8 @@ def _share(trace: Trace, order: tuple[str, str]) -> None:
         return
     trace.says("user", both["user"], f"import {handle[1]}")
     del trace.calls[-1]["tell"]  # the handle is another one each time
+    for name, victim in both.items():
+        trace.calls.append({"seen": victim.tell("seen"), "of": name})
     for name, victim in both.items():
         trace.move("lock", name, victim.pid, timeout_ms=5000)
     for name, victim in both.items():

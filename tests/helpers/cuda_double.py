@@ -67,7 +67,9 @@ class World:
     def new(cls, path: Path, gpus: dict[str, int] | None = None) -> World:
         """One without processes. `gpus`: memory in MiB by UUID."""
         devices = gpus if gpus is not None else {UUID: 80_000}
-        path.write_text(json.dumps({"gpus": devices, "processes": {}, "faults": [], "calls": [], "helpers": []}))
+        path.write_text(
+            json.dumps({"gpus": devices, "processes": {}, "faults": [], "calls": [], "helpers": [], "mig": []})
+        )
         return cls(path)
 
     @contextmanager
@@ -102,6 +104,11 @@ class World:
         """Let the next `times` calls of a name go wrong, of a process or of any."""
         with self.change() as world:
             world["faults"].append({"call": call, "deed": deed, "pid": pid, "code": code, "times": times})
+
+    def cut(self, uuid: str) -> None:
+        """Cut a GPU into instances."""
+        with self.change() as world:
+            world["mig"].append(uuid)
 
     def states(self) -> dict[int, State]:
         with self.change() as world:
@@ -227,7 +234,7 @@ class CudaDouble:
             total_bytes=total,
             free_bytes=total - sum(used.values()),
             used_bytes=used,
-            mig=False,
+            mig=uuid in world["mig"],
         )
 
     def _fault(self, call: str, pid: int) -> Deed | None:
