@@ -346,8 +346,13 @@ def _state(path: str) -> tuple[int, int] | None:
 def _remove(path: str) -> None:
     """Remove a folder or anything else, whoever else is at it as well."""
     if os.path.islink(path) or not os.path.isdir(path):
-        os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
         return
-    shutil.rmtree(path, ignore_errors=True)
-    if os.path.lexists(path):
-        shutil.rmtree(path)  # for the reason
+    while True:
+        try:
+            shutil.rmtree(path)
+        except FileNotFoundError:  # somebody else was faster with a part of it
+            if os.path.lexists(path):
+                continue
+        return
