@@ -146,15 +146,7 @@ class Store:
         Raises:
             CheckpointError: the store can't be read.
         """
-        found = []
-        for name in self._names():
-            try:
-                found.append(Listed(name=name, snapshot=self.open(name), fault=None))
-            except SnapshotNameError:
-                continue  # removed since it was listed, or not one of ours
-            except CheckpointError as e:
-                found.append(Listed(name=name, snapshot=None, fault=e))
-        return tuple(found)
+        return tuple(one for name in self._names() if (one := self._listed(name)) is not None)
 
     def remove(self, name: str) -> None:
         """Remove a snapshot, whatever state it is in.
@@ -166,6 +158,8 @@ class Store:
         """
         manifest.require_name(name)
         folder = self._at(name)
+        if not os.path.lexists(folder):
+            raise self._unknown(name)
         with contextlib.ExitStack() as held:
             if os.path.isdir(folder) and not os.path.islink(folder):
                 held.enter_context(self.lock(name))
@@ -275,6 +269,19 @@ class Store:
                 raise RetryError("is locked by another process", path=self.path, mend="try again")
             yield fd
 
+    def _listed(self, name: str) -> Listed | None:
+        """What lies under a name; None where nothing does, or it is none of ours."""
+        while True:
+            before = _state(self._at(name))
+            try:
+                return Listed(name=name, snapshot=self.open(name), fault=None)
+            except SnapshotNameError:
+                return None
+            except CheckpointError as e:
+                # No lock is held: half of one snapshot and half of another would seem damaged.
+                if before == _state(self._at(name)):
+                    return Listed(name=name, snapshot=None, fault=e)
+
     def _names(self) -> tuple[str, ...]:
         try:
             return tuple(sorted(name for name in os.listdir(self.path) if not name.startswith(".")))
@@ -327,11 +334,25 @@ def _name_of(temporary: str) -> str:
     return temporary.split(".", 2)[2].rpartition(".")[0]
 
 
+def _state(path: str) -> tuple[int, int] | None:
+    """What tells a folder from another that had its name: inode numbers are used again at once."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns
+
+
 def _remove(path: str) -> None:
     """Remove a folder or anything else, whoever else is at it as well."""
     if os.path.islink(path) or not os.path.isdir(path):
-        os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
         return
-    shutil.rmtree(path, ignore_errors=True)
-    if os.path.lexists(path):
-        shutil.rmtree(path)  # for the reason
+    while True:
+        try:
+            shutil.rmtree(path)
+        except FileNotFoundError:  # somebody else was faster with a part of it
+            if os.path.lexists(path):
+                continue
+        return
