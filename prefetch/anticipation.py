@@ -96,19 +96,22 @@ class Score:
     def read(self, key: Key, nbytes: int) -> None:
         """Bytes of a model were read."""
         with self._lock:
+            if nbytes <= 0:
+                return
             self.read_bytes += nbytes
             self._open[key] = self._open.get(key, 0) + nbytes
 
-    def wanted(self, key: Key, found_bytes: int, *, whole: bool) -> None:
-        """A model was read because somebody wanted it, and so much of it was in memory; `whole`: all was looked at."""
+    def is_open(self, key: Key) -> bool:
+        """Whether it is still to be seen what became of bytes of a model."""
+        return key in self._open
+
+    def wanted(self, key: Key, found_bytes: int) -> None:
+        """Somebody wants a model, of which so much is in memory."""
         with self._lock:
             pending = self._open.pop(key, 0)
             used = min(pending, found_bytes)
             self.used_bytes += used
-            if whole:
-                self.wasted_bytes += pending - used
-            elif pending > used:
-                self._open[key] = pending - used
+            self.wasted_bytes += pending - used
 
     def lost(self, key: Key) -> None:
         """A model was evicted."""
