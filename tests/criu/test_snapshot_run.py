@@ -213,6 +213,18 @@ def test_output_through_a_pipe_and_a_terminal(snapshotted: Service) -> None:
             os.close(controller)
 
 
+def is_gone(pid: int, started: int) -> bool:
+    return start_ticks(pid) != started
+
+
+def has_no_zombies(parent: int) -> bool:
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        with contextlib.suppress(FileNotFoundError):
+            if Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                return False
+    return True
+
+
 def test_a_signal_while_it_is_restored_leaves_nothing(snapshotted: Service) -> None:
     with snapshotted.run() as one:
         time.sleep(0)  # the signal comes wherever it comes: imports, restore or after
