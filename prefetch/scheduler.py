@@ -208,7 +208,8 @@ class Scheduler:
                 continue
             done = fill.filled_bytes + fill.skipped_bytes
             before, since = self._progress.get(standing, (-1, now))
-            if done != before or self._halted is not None or self._demand():
+            waits = self._halted is not None or (standing.is_predicted and self._demand())
+            if done != before or waits:
                 self._progress[standing] = done, now
             elif now - since >= STALLED_S:
                 log.warning("prefetch of %s ends: no byte came for %g s", standing.name, STALLED_S)

@@ -22,6 +22,7 @@ from prefetch.scheduler import Scheduler, SchedulerConfig
 from prefetch.standing import Standing
 from prefetch.wishes import is_trigger
 from tests.unit.test_prefetch_foresight import FakePast
+from weightfs import linux
 from weightfs.formats.layout import Role, TensorExtent, WeightLayout
 
 SIZE = 1 << 20
@@ -171,16 +172,19 @@ def cool(shelf: FakeShelf, *names: str) -> None:
 
 
 class Gate:
-    """Stands in for sendfile(2): reads wait while it is shut."""
+    """Stands before both ways in which the filler reads: reads wait while it is shut."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open = threading.Event()
-        self.read = os.sendfile
-        monkeypatch.setattr(os, "sendfile", self)
+        for module, name in ((os, "sendfile"), (linux, "populate_huge")):
+            monkeypatch.setattr(module, name, self._behind(getattr(module, name)))
 
-    def __call__(self, *arguments: int) -> int:
-        self.open.wait(SOON_S)
-        return self.read(*arguments)
+    def _behind(self, read: Callable[..., Any]) -> Callable[..., Any]:
+        def wait_and_read(*arguments: int) -> Any:
+            self.open.wait(SOON_S)
+            return read(*arguments)
+
+        return wait_and_read
 
 
 def target(name: str, *kept: str) -> Target:
