@@ -47,12 +47,15 @@ class CreateOptions:
         replace: a snapshot of that name makes way.
         timeout_s: for the GPU to come to rest, and again for CRIU.
         point: the folder through which the process speaks with us, None where it does not.
+        command: what it was started with, where that is known: a script's interpreter, or a title, is in its own
+            command line.
     """
 
     leave_running: bool = False
     replace: bool = False
     timeout_s: float = 120.0
     point: str | None = None
+    command: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,7 +175,7 @@ def _create(
                 fingerprint=fingerprint_here(
                     criu=tools.criu,
                     mountpoint=mount.mountpoint if mount else None,
-                    command=entry.command,
+                    command=options.command or entry.command,
                     root=f"/proc/{entry.root}/root",
                 ),
                 weights=list(weights.weights),

@@ -47,7 +47,7 @@ class RestoreOptions:
         ready: how the process shows that it answers; None where it is not waited for.
         timeout_s: for CRIU, and again for the process to answer.
         log: the file that takes what the process writes; None for its own log, or one named after the snapshot.
-        attached: the process is this one's child, and has its stdio.
+        attached: the stdio of the process, which becomes this one's child; None for a session of its own.
         command: what it must have been; empty where that does not matter.
         verify: whether the images' digests are compared.
     """
@@ -55,7 +55,7 @@ class RestoreOptions:
     ready: Readiness | None = None
     timeout_s: float = 120.0
     log: str | None = None
-    attached: bool = False
+    attached: stdio.Given | None = None
     command: Sequence[str] = ()
     verify: bool = True
 
@@ -170,12 +170,15 @@ def _memory_filled(snapshot: Snapshot, tools: Tools, options: RestoreOptions, ph
     default = os.path.join(stdio.LOGS, f"{manifest.name}.log")
     with contextlib.ExitStack() as held:
         work = held.enter_context(tempfile.TemporaryDirectory(prefix="weightfs-restore-"))
-        if options.attached:
-            inherit = stdio.callers(replaced)
+        if options.attached is not None:
+            inherit = stdio.callers(replaced, options.attached)
         else:
             inherit = held.enter_context(stdio.opened(replaced, options.log, default))
         wanted = replace(
-            options_kept(manifest.criu_options), leave_stopped=True, inherit=inherit, sibling=options.attached
+            options_kept(manifest.criu_options),
+            leave_stopped=True,
+            inherit=inherit,
+            sibling=options.attached is not None,
         )
         with phases.phase("criu restore"):
             return criu.restore(tools.criu, snapshot.images, wanted, options.timeout_s, work=work)

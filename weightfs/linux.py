@@ -59,6 +59,7 @@ _IOPRIO_WHO_PROCESS: Final = 1
 _IOPRIO_IDLE: Final = 3 << 13
 _MAP_FAILED: Final = (1 << 64) - 1
 _AT_STATX_DONT_SYNC: Final = 0x4000
+_PR_SET_CHILD_SUBREAPER: Final = 36
 _PROT_READ: Final = 1
 _MADV_RANDOM: Final = 1
 _MADV_HUGEPAGE: Final = 14
@@ -89,6 +90,7 @@ _libc.mmap.argtypes = [
 ]
 _libc.mmap.restype = ctypes.c_void_p
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
 _libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _openat2 = ctypes.CDLL(None, use_errno=True).syscall
@@ -197,6 +199,12 @@ def umount(target: str, flags: int = 0) -> None:
     """umount2(2)."""
     if _libc.umount2(os.fsencode(target), flags):
         raise _failed(target)
+
+
+def adopt_orphans() -> None:
+    """prctl(PR_SET_CHILD_SUBREAPER): descendants of this process whose parent ends become its children."""
+    if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise _failed()
 
 
 def has_capability(number: int) -> bool:
