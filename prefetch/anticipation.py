@@ -139,7 +139,7 @@ class Anticipation:
         self._budget_bytes = budget_bytes
         self.filler = Filler(IDLE, demand)
         self.score = Score()
-        self._waiter = trio.CapacityLimiter(1)
+        self._waiter, self._writer = trio.CapacityLimiter(1), trio.CapacityLimiter(1)
         self._current: Fill | None = None
         self._calls = 0  # for the disk, by others
         self._not_before: dict[Key, float] = {}  # of trio's clock
@@ -169,7 +169,8 @@ class Anticipation:
         while True:
             await trio.sleep(_SETTLE_S)
             if self._foresight.has_news:
-                await self._reader.in_thread(self._foresight.settle)
+                # Not left behind when the daemon ends: the index is closed next, and a write would open it again.
+                await trio.to_thread.run_sync(self._foresight.settle, limiter=self._writer)
 
     async def _read(self, target: Target, calls: int) -> bool:
         """Read one model; False when somebody came in between, after as many had as `calls` says."""

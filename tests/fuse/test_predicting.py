@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -132,3 +133,18 @@ def test_two_mounts_of_a_state_folder_share_the_history(source: str, mounter: Mo
         assert mount.supervisor.has_ended(5)
     with history(state, source) as past:
         assert sorted(model for model, _ in past.opens()[-2:]) == ["a/model", "b/model"]
+
+
+def test_an_open_is_remembered_by_a_daemon_that_hands_over(source: str, mounter: Mounter, tmp_path: Path) -> None:
+    state = str(tmp_path / "state")
+    mount = mounter(source, state_dir=state)
+    use(mount, "a", "config.json")
+    wait_until(lambda: mount.live()["prefetch"]["wanted"] == 1, "it is wanted")
+    older = mount.daemon_pid()
+    os.kill(older, signal.SIGTERM)
+    wait_until(lambda: mount.daemon_pid() != older, "another serves")
+    wait_until(lambda: predicted(mount)["known"] == 1, "it knows of the open", timeout_s=10)
+    assert mount.umount().returncode == 0
+    assert mount.supervisor.has_ended(5)
+    with history(state, source) as past:
+        assert [model for model, _ in past.opens()] == ["a/model"]
