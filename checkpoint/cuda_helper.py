@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
-from checkpoint.cuda import NOT_INITIALIZED, NOT_READY, NOT_SUPPORTED, OUT_OF_MEMORY, Pair
+from checkpoint.cuda import ILLEGAL_STATE, NOT_INITIALIZED, NOT_READY, NOT_SUPPORTED, OUT_OF_MEMORY, Pair
 from checkpoint.cuda_channel import Helper, HelperLostError
 from checkpoint.cuda_program import Answer, Request
 from checkpoint.errors import CudaError, MisfitError, RetryError
@@ -22,6 +22,9 @@ from checkpoint.nvml import Device
 from checkpoint.states import State, Step, way
 
 REAL_DRIVER: Final = "checkpoint.cuda"
+_TRIES: Final = 3
+"""How often a way is begun anew because the process is not where it was a moment ago: a call whose helper or client was
+killed may still be under way."""
 _CONTROL_FILE: Final = "/dev/nvidiactl"
 _GPU_FILES: Final = "/dev/nvidia[0-9]*"
 _MEND_KINDS: Final = "the driver can't checkpoint managed memory (cudaMallocManaged): have the process do without"
@@ -260,19 +263,25 @@ class Cuda:
     def _brought(self, pid: int, wanted: State) -> str | None:
         """None once a process is in a state or gone; else the word for where it stays."""
         now: State | None = None
-        try:
-            now = self._state(pid)
-            steps = way(now, wanted)
-            if steps is None:
-                return now.word
-            for step in steps:
-                self._take(step, pid)
-                now = step.after
-        except CudaError as error:
-            if _alive(pid):
-                _log.warning("process %d can't be brought to %s: %s", pid, wanted.word, error)
-                return now.word if now is not None else "unknown"
-        return None
+        failure = None
+        for _ in range(_TRIES):
+            try:
+                now = self._state(pid)
+                steps = way(now, wanted)
+                if steps is None:
+                    return now.word
+                for step in steps:
+                    self._take(step, pid)
+                    now = step.after
+                return None
+            except CudaError as error:
+                failure = error
+                if error.result != ILLEGAL_STATE:
+                    break
+        if not _alive(pid):
+            return None
+        _log.warning("process %d can't be brought to %s: %s", pid, wanted.word, failure)
+        return now.word if now is not None else "unknown"
 
     def _state(self, pid: int) -> State:
         return State(self._ask(Request(call="state", pid=pid), self._deadlines.ask_s).number)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint import cuda_helper
-from checkpoint.cuda import NO_DEVICE, NOT_SUPPORTED, OPERATING_SYSTEM, OUT_OF_MEMORY
+from checkpoint.cuda import ILLEGAL_STATE, NO_DEVICE, NOT_SUPPORTED, OPERATING_SYSTEM, OUT_OF_MEMORY
 from checkpoint.cuda_channel import HelperLostError
 from checkpoint.cuda_helper import Cuda, Deadlines
 from checkpoint.errors import CudaError, MisfitError, RetryError
@@ -168,6 +168,20 @@ def test_what_the_undo_can_not_bring_back_is_named_with_where_it_is(bench: Doubl
     assert f"process {pids[0]} is stuck: checkpointed" in caught.value.message
     assert f"kill -9 {pids[0]}" in (caught.value.mend or "")
     assert bench.world.states() == {pids[0]: State.CHECKPOINTED, pids[1]: State.LOCKED, pids[2]: State.LOCKED}
+
+
+def test_a_process_that_moved_on_meanwhile_is_looked_at_again(bench: DoubleBench, cuda: Cuda) -> None:
+    """A call whose helper was killed may still be under way, and the state just read is the one before."""
+    pid = bench.pids(1)[0]
+    bring(bench.world, [pid], State.LOCKED)
+    bench.world.fail("unlock", "refuse", pid=pid, code=ILLEGAL_STATE, times=2)
+    cuda.settle({pid: State.RUNNING})
+    assert bench.world.states() == {pid: State.RUNNING}
+    bring(bench.world, [pid], State.LOCKED)
+    bench.world.fail("unlock", "refuse", pid=pid, code=ILLEGAL_STATE, times=9)
+    with pytest.raises(CudaError) as caught:
+        cuda.settle({pid: State.RUNNING})
+    assert caught.value.stuck == {pid: "locked"}
 
 
 def test_a_process_that_failed_in_the_driver_is_stuck(bench: DoubleBench, cuda: Cuda) -> None:

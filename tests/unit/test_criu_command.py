@@ -134,6 +134,14 @@ def test_connections(remote: str, established: bool, close: bool) -> None:
     options = options_for([process(descriptors=held)], sockets)
     assert (options.tcp_established, options.tcp_close) == (established, close)
     assert options.skip_in_flight
+    assert options.network_lock is established
+
+
+def test_traffic_of_another_network_namespace_is_held_back() -> None:
+    inside = Process(pid=10, ppid=1, session=10, namespaces=HERE | {"net": 1})
+    options = options_for([inside], {})
+    assert options.network_lock
+    assert "--network-lock nftables" in " ".join(dump_argv(CRIU, 7, "/images", options))
 
 
 def test_another_mount_namespace() -> None:

@@ -45,6 +45,7 @@ ROWS: Final = ("cold", "cold mount", "warm mount", "restore", "restore cold", "s
 START_S: Final = 240.0
 MOVE_S: Final = 120.0
 WEIGHTFS: Final = shutil.which("weightfs") or "weightfs"
+HUGE_PAGES: Final = "/sys/kernel/mm/transparent_hugepage/enabled"
 _SUBREAPER: Final = 36  # PR_SET_CHILD_SUBREAPER: what CRIU restores is ours to wait for
 
 
@@ -110,8 +111,7 @@ def ask(port: int, path: str = "/", *, timeout_s: float = 30.0) -> dict[str, Any
 
 def drop_caches() -> None:
     os.sync()
-    with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as file:
-        file.write("3")
+    _write("/proc/sys/vm/drop_caches", "3")
 
 
 def fill_cache(folder: str) -> None:
@@ -323,6 +323,25 @@ def mounted(source: str, mountpoint: str, state: str) -> Iterator[None]:
         subprocess.run([WEIGHTFS, "umount", "--lazy", mountpoint], check=True, stdout=sys.stderr)
 
 
+@contextmanager
+def huge_pages(policy: str | None) -> Iterator[str]:
+    """The machine's policy for anonymous memory, changed for the while if one is given; gives what it is."""
+    with open(HUGE_PAGES, encoding="ascii") as file:
+        before = file.read().split("[")[1].split("]")[0]
+    if policy is not None:
+        _write(HUGE_PAGES, policy)
+    try:
+        yield policy or before
+    finally:
+        if policy is not None:
+            _write(HUGE_PAGES, before)
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w", encoding="ascii") as file:
+        file.write(text)
+
+
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -338,6 +357,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=3, help="samples of each warm row (default 3)")
     options.add_argument("--cold-rounds", type=int, default=1, help="samples of each cold row (default 1)")
     options.add_argument("--folder", default=None, help="where model and images go (default: a temp folder)")
+    options.add_argument("--thp", choices=("always", "madvise", "never"), help="huge pages, for the while")
     options.add_argument("--json", default=None, metavar="FILE", help="write everything there")
     given = options.parse_args()
     rows = given.rows.split(",")
@@ -345,6 +365,7 @@ def main() -> None:
         options.error(f"no such row: {', '.join(sorted(unknown))}")
     ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     with ExitStack() as stack:
+        policy = stack.enter_context(huge_pages(given.thp))
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="coldstart-", dir=given.folder))
         model = os.path.join(folder, "model")
         script = os.path.join(HERE, "_random_llama.py")
@@ -361,6 +382,7 @@ def main() -> None:
         "kernel": platform.release(),
         "cores": os.cpu_count(),
         "criu": ".".join(map(str, find_criu().version)),
+        "huge_pages": policy,
         "gpus": _gpus(),
         "model": about,
         "snapshot_bytes": place.image_bytes,
