@@ -67,9 +67,7 @@ FATAL = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("code", "body", "told"), FATAL, ids=[f"{each[0]}-{number}" for number, each in enumerate(FATAL)]
-)
+@pytest.mark.parametrize(("code", "body", "told"), FATAL, ids=[f"{each[0]}-{n}" for n, each in enumerate(FATAL)])
 def test_what_is_fatal_is_what_criu_refuses(tmp_path: Path, images: str, code: str, body: str, told: str) -> None:
     with target(body + DONE, tmp_path) as one:
         if not came_up(one):

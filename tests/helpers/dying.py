@@ -2,7 +2,7 @@
 
 Run as `python -m tests.helpers.dying FOLDER ACTION`. The stores `FOLDER/0`, `FOLDER/1` and so on exist; the process
 that works on the store of a number is killed instead of making the call of that number. Says the number of the first
-that lived to its end. Calls are those that change what is on the disk, so that each step is tried, before it and after it.
+that lived to its end. Calls are those that change what is on the disk: each step is tried, before it and after it.
 """
 
 from __future__ import annotations

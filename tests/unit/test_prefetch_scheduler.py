@@ -172,19 +172,16 @@ def cool(shelf: FakeShelf, *names: str) -> None:
 
 
 class Gate:
-    """Stands before both ways in which the filler reads: reads wait while it is shut."""
+    """Stands before whatever the filler reads with: reads wait while it is shut."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open = threading.Event()
-        for module, name in ((os, "sendfile"), (linux, "populate_huge")):
-            monkeypatch.setattr(module, name, self._behind(getattr(module, name)))
+        for where, name in ((os, "sendfile"), (linux, "populate_huge")):
+            monkeypatch.setattr(where, name, functools.partial(self._read, getattr(where, name)))
 
-    def _behind(self, read: Callable[..., Any]) -> Callable[..., Any]:
-        def wait_and_read(*arguments: int) -> Any:
-            self.open.wait(SOON_S)
-            return read(*arguments)
-
-        return wait_and_read
+    def _read(self, read: Callable[..., Any], *arguments: int) -> Any:
+        self.open.wait(SOON_S)
+        return read(*arguments)
 
 
 def target(name: str, *kept: str) -> Target:
