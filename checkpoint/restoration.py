@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +36,7 @@ from checkpoint.weights import check_weights, unchanged_since
 _WAITED_FOR_S: Final = 10.0
 """Init, or whoever started it, may be slow to wait for a process that was dumped."""
 _LOOK_S: Final = 0.02
+_CRIU_S: Final = 120.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,23 +119,20 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
             store=store.path,
             images=snapshot.images,
             root=manifest.root_pid,
-            command=manifest.command,
             since_ticks=int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")),
         )
         with Journal(entry) as journal:
-            journal.at("restoring")
-            pid = _memory_filled(snapshot, tools, options, phases)
-            tree = processes.tree_of(pid)
-            journal.at("letting go", tree=control.tree(tree), root=pid)
             try:
-                _let_go(manifest, journal.entry.tree, weights, tools, phases)
+                journal.at("restoring")
+                pid = _memory_filled(snapshot, entry.work, tools, options, phases)
+                journal.at("letting go", tree=control.tree(processes.tree_of(pid)), root=pid)
+                _let_go(manifest, entry.tree, weights, tools, phases)
                 if options.ready is not None:
                     journal.at("ready")
-                    root = journal.entry.tree[0]
                     with phases.phase("ready"):
-                        readiness.wait(options.ready, options.timeout_s, lambda: control.is_there(*root))
+                        readiness.wait(options.ready, options.timeout_s, lambda: control.is_there(*entry.tree[0]))
             except BaseException:
-                control.end(journal.entry.tree)
+                undo(entry)
                 raise
     return Restored(
         manifest=manifest,
@@ -145,6 +142,21 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
         differences=found,
         warnings=_counted(manifest, tools),
     )
+
+
+def undo(entry: Entry) -> None:
+    """End what a restore has brought back so far, from wherever it stopped.
+
+    Raises:
+        CheckpointError: CRIU, which goes on when its command has died, does not end; or a process does not.
+    """
+    if entry.tree:
+        control.end_all(entry.tree)
+    elif entry.step == "restoring":
+        criu.wait_for(entry.images, _CRIU_S)
+        pid = criu.restored_pid(entry.work)
+        if pid is not None and (since := start_ticks(pid)) is not None and since >= entry.since_ticks:
+            control.end_all([(pid, since)])
 
 
 def _require_free(manifest: Manifest) -> None:
@@ -164,12 +176,11 @@ def _require_free(manifest: Manifest) -> None:
             time.sleep(_LOOK_S)
 
 
-def _memory_filled(snapshot: Snapshot, tools: Tools, options: RestoreOptions, phases: Phases) -> int:
+def _memory_filled(snapshot: Snapshot, work: str, tools: Tools, options: RestoreOptions, phases: Phases) -> int:
     manifest = snapshot.manifest
     replaced = [(fd, resource, path) for fd, resource, path in manifest.replaced]
     default = os.path.join(stdio.LOGS, f"{manifest.name}.log")
     with contextlib.ExitStack() as held:
-        work = held.enter_context(tempfile.TemporaryDirectory(prefix="weightfs-restore-"))
         if options.attached is not None:
             inherit = stdio.callers(replaced, options.attached)
         else:
