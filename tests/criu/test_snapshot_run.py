@@ -213,6 +213,21 @@ def test_output_through_a_pipe_and_a_terminal(snapshotted: Service) -> None:
             os.close(controller)
 
 
+def test_as_pid_1_it_waits_for_orphans_and_comes_back(service: Service) -> None:
+    """Every start of a container has its own pid namespace, with the low pids taken by the start itself."""
+    unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    service.program.write_text("import subprocess\nsubprocess.run(['sh', '-c', 'sleep 0.2 &'])\n" + SERVER)
+    for shown in ("service snapshotted", "service restored, pid"):
+        with service.running([*unshare, *service.arguments("--create"), *service.command]) as one:
+            one.said(shown)
+            children = Path(f"/proc/{one.process.pid}/task/{one.process.pid}/children").read_text().split()
+            init = int(children[0])
+            wait_until(functools.partial(has_no_zombies, init), "orphans are waited for")
+            os.kill(init, signal.SIGTERM)
+            assert one.process.wait(20) == 7
+            assert "asked to end" in one.log.read_text()
+
+
 def is_gone(pid: int, started: int) -> bool:
     return start_ticks(pid) != started
 
