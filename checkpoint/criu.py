@@ -31,7 +31,7 @@ from checkpoint.criu_command import (
 )
 from checkpoint.criu_log import Command, PidTakenError, explain
 from checkpoint.errors import MisfitError, RetryError, TargetError
-from checkpoint.processes import process, start_ticks, tree_of
+from checkpoint.processes import Process, process, start_ticks, tree_of
 
 __all__ = [
     "BUNDLED",
@@ -57,6 +57,7 @@ _PLUGINS: Final = "/run/weightfs/no-criu-plugins"
 _INSTALL: Final = "tools/install-criu"
 _ANSWER_S: Final = 20.0
 _ENDING_S: Final = 10.0
+_FORKED: Final = re.compile(r"Forking task with (\d+) pid")
 _LOOK_S: Final = 0.02
 
 
@@ -249,31 +250,46 @@ def _run(command: Command, argv: list[str], work: str, timeout_s: float, inherit
     try:
         _, said = criu.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        _end(criu, command)
-        raise RetryError(
-            f"CRIU did not {command} the process within {timeout_s:g} s", mend="give it more time"
-        ) from None
+        if _end(criu, work):
+            mend = "give it more time"
+            raise RetryError(f"CRIU did not {command} the process within {timeout_s:g} s", mend=mend) from None
+        said = b""
     except BaseException:
-        _end(criu, command)
+        _end(criu, work)
         raise
     if criu.returncode:
         raise explain(_log(os.path.join(work, log_name(command)), said), command)
 
 
-def _end(criu: subprocess.Popen[bytes], command: Command) -> None:
-    """End CRIU, and what it has restored so far, which nobody else knows of.
+def _end(criu: subprocess.Popen[bytes], work: str) -> bool:
+    """End CRIU with its helpers, and what it has restored so far, which nobody else knows of.
 
     Of a dump nothing is left to undo: the code CRIU runs in the target gives up when its socket closes.
+
+    Returns:
+        False where it had ended by itself just now: then its status counts.
     """
     criu.send_signal(signal.SIGSTOP)
-    restored = tree_of(criu.pid)[1:] if command == "restore" else ()
+    if criu.poll() is not None:
+        return False
+    begun = [*tree_of(criu.pid)[1:], *_siblings(work)]
     criu.kill()
-    for one in restored:
+    for one in begun:
         with contextlib.suppress(ProcessLookupError):
             os.kill(one.pid, signal.SIGKILL)
     criu.wait(_ENDING_S)
     if criu.stderr is not None:
         criu.stderr.close()
+    return True
+
+
+def _siblings(work: str) -> Iterator[Process]:
+    """What a restore has made that is not its own child but this process's (`--restore-sibling`)."""
+    for pid in _FORKED.findall(_log(os.path.join(work, log_name("restore")), b"")):
+        with contextlib.suppress(TargetError):
+            tree = tree_of(int(pid))
+            if tree[0].ppid == os.getpid():
+                yield from tree
 
 
 def _log(path: str, said: bytes) -> str:

@@ -63,7 +63,8 @@ def examine(
         found += _of_names(process, roots, proc)
         found += _of_mappings(process)
     found += _of_sockets(running, sockets, criu)
-    found += [_of_an_attachment(one) for one in attachments_of(running, sockets) if one.needed]
+    needed = (one for one in attachments_of(running, sockets) if one.needed and one.path != os.devnull)
+    found += [_of_an_attachment(one) for one in needed]
     found += gpu_findings(running, sockets)
     found += memory_findings(running, store=store, gpu_bytes=gpu_bytes, proc=proc)
     return sorted(found, key=lambda one: not one.fatal)

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from checkpoint import control, criu, in_use, points, processes, readiness, stdio
 from checkpoint.creation import options_kept
@@ -32,6 +33,10 @@ from checkpoint.readiness import Readiness
 from checkpoint.store import Snapshot, Store
 from checkpoint.tools import Tools
 from checkpoint.weights import check_weights, unchanged_since
+
+_WAITED_FOR_S: Final = 10.0
+"""Init, or whoever started it, may be slow to wait for a process that was dumped."""
+_LOOK_S: Final = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,12 +148,20 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
 
 
 def _require_free(manifest: Manifest) -> None:
+    until = time.monotonic() + _WAITED_FOR_S
     for pid in manifest.pids:
-        if start_ticks(pid) is not None:
-            raise RetryError(
-                f"pid {pid}, which a process of the snapshot has, is taken",
-                mend="end that process, or restore into a pid namespace of its own (--new-pidns)",
-            )
+        while (since := start_ticks(pid)) is not None:
+            if control.is_there(pid, since):
+                raise RetryError(
+                    f"pid {pid}, which a process of the snapshot has, is taken",
+                    mend="end that process, or restore into a pid namespace of its own (--new-pidns)",
+                )
+            if time.monotonic() > until:
+                raise RetryError(
+                    f"pid {pid} is still held by a process that has ended: its parent does not wait for it",
+                    mend=f"end its parent, which ps -o ppid= {pid} tells",
+                )
+            time.sleep(_LOOK_S)
 
 
 def _memory_filled(snapshot: Snapshot, tools: Tools, options: RestoreOptions, phases: Phases) -> int:

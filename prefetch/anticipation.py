@@ -96,19 +96,22 @@ class Score:
     def read(self, key: Key, nbytes: int) -> None:
         """Bytes of a model were read."""
         with self._lock:
+            if nbytes <= 0:
+                return
             self.read_bytes += nbytes
             self._open[key] = self._open.get(key, 0) + nbytes
 
-    def wanted(self, key: Key, found_bytes: int, *, whole: bool) -> None:
-        """A model was read because somebody wanted it, and so much of it was in memory; `whole`: all was looked at."""
+    def is_open(self, key: Key) -> bool:
+        """Whether it is still to be seen what became of bytes of a model."""
+        return key in self._open
+
+    def wanted(self, key: Key, found_bytes: int) -> None:
+        """Somebody wants a model, of which so much is in memory."""
         with self._lock:
             pending = self._open.pop(key, 0)
             used = min(pending, found_bytes)
             self.used_bytes += used
-            if whole:
-                self.wasted_bytes += pending - used
-            elif pending > used:
-                self._open[key] = pending - used
+            self.wasted_bytes += pending - used
 
     def lost(self, key: Key) -> None:
         """A model was evicted."""
@@ -136,7 +139,7 @@ class Anticipation:
         self._budget_bytes = budget_bytes
         self.filler = Filler(IDLE, demand)
         self.score = Score()
-        self._waiter = trio.CapacityLimiter(1)
+        self._waiter, self._writer = trio.CapacityLimiter(1), trio.CapacityLimiter(1)
         self._current: Fill | None = None
         self._calls = 0  # for the disk, by others
         self._not_before: dict[Key, float] = {}  # of trio's clock
@@ -166,7 +169,8 @@ class Anticipation:
         while True:
             await trio.sleep(_SETTLE_S)
             if self._foresight.has_news:
-                await self._reader.in_thread(self._foresight.settle)
+                # Not left behind when the daemon ends: the index is closed next, and a write would open it again.
+                await trio.to_thread.run_sync(self._foresight.settle, limiter=self._writer)
 
     async def _read(self, target: Target, calls: int) -> bool:
         """Read one model; False when somebody came in between, after as many had as `calls` says."""

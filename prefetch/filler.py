@@ -50,11 +50,12 @@ class FillerConfig:
     """How hard the disk is driven.
 
     Attributes:
-        depth: reads under way at once.
+        depth: reads under way at once. Two of 2 MiB keep a local disk busy; more do that for one far away, but what is
+            under way when somebody else begins to read is before them.
         depth_beside_demand: the same while somebody waits for a request that reached user space.
     """
 
-    depth: int = 16
+    depth: int = 8
     depth_beside_demand: int = 4
 
 

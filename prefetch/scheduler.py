@@ -208,7 +208,8 @@ class Scheduler:
                 continue
             done = fill.filled_bytes + fill.skipped_bytes
             before, since = self._progress.get(standing, (-1, now))
-            if done != before or self._halted is not None or self._demand():
+            waits = self._halted is not None or (standing.is_predicted and self._demand())
+            if done != before or waits:
                 self._progress[standing] = done, now
             elif now - since >= STALLED_S:
                 log.warning("prefetch of %s ends: no byte came for %g s", standing.name, STALLED_S)
@@ -358,7 +359,9 @@ class Scheduler:
             left = self._occupancy.make_room(need, self._others(standing, wish.target.kept if wish.target else ()))
         affordable = _first_of(wanted, left)
         labels = {layer.label for layer in affordable}
-        fill = standing.fill = Fill(cut(plan.extents(labels)), opened.fds, lambda: self._end(standing, opened))
+        before = self._known_bytes(standing, opened)
+        end = functools.partial(self._end, standing, opened, before)
+        fill = standing.fill = Fill(cut(plan.extents(labels)), opened.fds, end)
         with self._measuring:
             self._opened[standing] = opened
         if len(affordable) < len(wanted):
@@ -367,12 +370,23 @@ class Scheduler:
         self._measure(standing)
         return standing
 
-    def _end(self, standing: Standing, opened: OpenedModel) -> None:
-        """Nothing of a model is being read any more. In a thread of the filler."""
+    def _known_bytes(self, standing: Standing, opened: OpenedModel) -> int:
+        """What of a model is in memory, where that says what becomes of reading ahead; 0 elsewhere."""
+        if self._ahead is None or not (standing.is_predicted or self._ahead.score.is_open(standing.key)):
+            return 0  # it takes longer than a trigger may
+        found = resident_of_model(opened)
+        if not standing.is_predicted:
+            self._ahead.score.wanted(standing.key, found)
+        return found
+
+    def _end(self, standing: Standing, opened: OpenedModel, before_bytes: int) -> None:
+        """Nothing of a model is being read any more, of which so much was in memory. In a thread of the filler."""
         fill = standing.fill
         assert fill is not None, "it has ended"
         try:
             self._measure(standing)
+            if standing.is_predicted and self._ahead is not None:
+                self._ahead.score.read(standing.key, resident_of_model(opened) - before_bytes)
             if not standing.is_predicted:  # what is locked can't leave for what is asked for
                 self._occupancy.pin(standing.key, standing.plan, opened)
         finally:
@@ -383,11 +397,6 @@ class Scheduler:
             now = time.monotonic()
             if fill.submitted_at is not None and fill.filled_bytes >= _LARGE_BYTES and not standing.is_predicted:
                 self.bandwidth_bytes_s = fill.filled_bytes / max(now - fill.submitted_at, 1e-3)
-            if self._ahead is not None and standing.is_predicted:
-                self._ahead.score.read(standing.key, fill.filled_bytes)
-            elif self._ahead is not None:
-                whole = fill.failure is None and not standing.in_part
-                self._ahead.score.wanted(standing.key, fill.skipped_bytes, whole=whole)
             standing.load.finished(now, fill.failure or "complete")
 
     def standings(self) -> list[Standing]:

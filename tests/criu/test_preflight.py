@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.criu import Criu, dump, options_for
+from checkpoint.criu import Criu, dump, options_for, restore, restore_options_of
 from checkpoint.errors import CriuError, RetryError, TargetError
 from checkpoint.findings import Finding
 from checkpoint.preflight import examine
@@ -67,7 +67,7 @@ FATAL = [
 ]
 
 
-@pytest.mark.parametrize(("code", "body", "told"), FATAL, ids=[f"{each[0]}-{each[2]}" for each in FATAL])
+@pytest.mark.parametrize(("code", "body", "told"), FATAL, ids=[f"{each[0]}-{n}" for n, each in enumerate(FATAL)])
 def test_what_is_fatal_is_what_criu_refuses(tmp_path: Path, images: str, code: str, body: str, told: str) -> None:
     with target(body + DONE, tmp_path) as one:
         if not came_up(one):
@@ -142,17 +142,25 @@ def test_connections_out_of_the_tree(tmp_path: Path, images: str) -> None:
             one.process.wait(10)
 
 
-def test_a_connection_within_the_tree_is_kept(tmp_path: Path) -> None:
+def test_a_connection_within_the_tree_is_kept(tmp_path: Path, images: str) -> None:
     body = """
 listener = socket.create_server(("127.0.0.1", 0))
 here = socket.create_connection(listener.getsockname())
 there, _ = listener.accept()
+while True:
+    here.send(b"kept")
+    tell(there.recv(100).decode())
+    wait()
 """
-    with target(body + DONE, tmp_path) as one:
-        one.said()
+    with target(body, tmp_path) as one:
+        assert one.said() == "kept"
         assert not examined(one)
         options = options_for(tree_of(one.pid))
         assert (options.tcp_close, options.tcp_established) == (False, True)
+        dump(the_criu(), one.pid, images, options, 60)
+        one.process.wait(10)
+        restore(the_criu(), images, restore_options_of(options), 60)
+        assert one.ask() == "kept"
 
 
 def test_pipes_terminals_and_unix_sockets_to_the_outside(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from checkpoint import cuda_helper
-from checkpoint.cuda import NO_DEVICE, OPERATING_SYSTEM, OUT_OF_MEMORY
+from checkpoint.cuda import ILLEGAL_STATE, NO_DEVICE, NOT_SUPPORTED, OPERATING_SYSTEM, OUT_OF_MEMORY
 from checkpoint.cuda_channel import HelperLostError
 from checkpoint.cuda_helper import Cuda, Deadlines
-from checkpoint.errors import CudaError, RetryError
+from checkpoint.errors import CudaError, MisfitError, RetryError
 from checkpoint.states import State, Step
 from tests.helpers import cuda_double
 from tests.helpers.cuda_bench import DoubleBench, double_bench
@@ -170,6 +170,20 @@ def test_what_the_undo_can_not_bring_back_is_named_with_where_it_is(bench: Doubl
     assert bench.world.states() == {pids[0]: State.CHECKPOINTED, pids[1]: State.LOCKED, pids[2]: State.LOCKED}
 
 
+def test_a_process_that_moved_on_meanwhile_is_looked_at_again(bench: DoubleBench, cuda: Cuda) -> None:
+    """A call whose helper was killed may still be under way, and the state just read is the one before."""
+    pid = bench.pids(1)[0]
+    bring(bench.world, [pid], State.LOCKED)
+    bench.world.fail("unlock", "refuse", pid=pid, code=ILLEGAL_STATE, times=2)
+    cuda.settle({pid: State.RUNNING})
+    assert bench.world.states() == {pid: State.RUNNING}
+    bring(bench.world, [pid], State.LOCKED)
+    bench.world.fail("unlock", "refuse", pid=pid, code=ILLEGAL_STATE, times=9)
+    with pytest.raises(CudaError) as caught:
+        cuda.settle({pid: State.RUNNING})
+    assert caught.value.stuck == {pid: "locked"}
+
+
 def test_a_process_that_failed_in_the_driver_is_stuck(bench: DoubleBench, cuda: Cuda) -> None:
     pids = bench.pids(2)
     bench.world.set(pids[0], state=int(State.FAILED))
@@ -230,6 +244,26 @@ def test_processes_that_share_gpu_memory_are_refused_and_run_on(bench: DoubleBen
         assert caught.value.stuck == {}
         assert "NCCL" in (caught.value.mend or "")
     assert bench.world.states() == dict.fromkeys(pids, State.RUNNING)
+
+
+def test_managed_memory_is_refused_with_what_to_do_and_all_run_on(bench: DoubleBench, cuda: Cuda) -> None:
+    pids = bench.pids(2)
+    cuda.lock_all(pids, 5.0)
+    bench.world.fail("checkpoint", "refuse", pid=pids[1], code=NOT_SUPPORTED)
+    with pytest.raises(CudaError, match=r"\(801\)") as caught:
+        cuda.checkpoint_all(pids)
+    assert "managed memory" in (caught.value.mend or "")
+    cuda.unlock_all(pids)
+    assert bench.world.states() == dict.fromkeys(pids, State.RUNNING)
+
+
+def test_an_instance_of_a_gpu_is_refused_before_anything_is_done(bench: DoubleBench, cuda: Cuda) -> None:
+    pid = bench.pids(1)[0]
+    bench.world.cut(UUID)
+    with pytest.raises(MisfitError, match="MIG") as caught:
+        cuda.lock_all([pid], 5.0)
+    assert caught.value.exit_code == 3
+    assert bench.world.calls() == []
 
 
 class TestMemory:

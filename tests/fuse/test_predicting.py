@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import signal
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,3 +75,76 @@ def test_a_model_opened_every_ten_minutes_is_there_before_it_is_opened(
     assert "foretold   a/model: " in weightfs("status", mount.mountpoint).stdout
     use(mount, "a", "config.json")
     wait_until(lambda: predicted(mount)["used_bytes"] >= 0.9 * said["read_bytes"], "what was foretold is used")
+
+
+def test_an_open_is_remembered_beyond_the_mount(source: str, mounter: Mounter, tmp_path: Path) -> None:
+    state = str(tmp_path / "state")
+    mount = mounter(source, state_dir=state)
+    use(mount, "a", "config.json")
+    use(mount, "a", "model.safetensors")
+    assert weightfs("warm", mount.path("b")).returncode == 0
+    assert mount.umount().returncode == 0
+    assert mount.supervisor.has_ended(5)
+    with history(state, source) as past:
+        opens = past.opens()
+    assert [model for model, _ in opens] == ["a/model"]
+    assert abs(opens[0][1] - time.time()) < MINUTE
+
+
+def test_a_backup_is_not_remembered(source: str, mounter: Mounter, tmp_path: Path) -> None:
+    state = str(tmp_path / "state")
+    for name in ("c", "d"):
+        write_safetensors(os.path.join(source, name, "model.safetensors"), model_tensors(1))
+    mount = mounter(source, state_dir=state)
+    copied = subprocess.run(["tar", "-C", mount.mountpoint, "-cf", str(tmp_path / "all.tar"), "."], check=False)
+    assert copied.returncode == 0
+    for name in ("a", "b", "c", "d"):  # one process, no known copier
+        use(mount, name, "model.safetensors")
+    wait_until(lambda: mount.live()["prefetch"]["walks"] >= 4, "it is known as what it is")
+    assert mount.umount().returncode == 0
+    assert mount.supervisor.has_ended(5)
+    with history(state, source) as past:
+        assert past.opens() == []
+
+
+@pytest.mark.parametrize("options", [("--prefetch", "off"), ("--predict", "off")])
+def test_off_foretells_nothing(source: str, mounter: Mounter, tmp_path: Path, options: tuple[str, str]) -> None:
+    state = str(tmp_path / "state")
+    opened_every(state, source, "a/model", 10 * MINUTE)
+    make_cold(source)
+    mount = mounter(source, "auto", *options, state_dir=state)
+    wait_until(lambda: (mount.live()["indexing"] or {}).get("done"), "it is indexed")
+    assert mount.live()["prefetch"]["predicted"] is None
+    assert resident(weights(source, "a")) <= COLD
+
+
+def test_two_mounts_of_a_state_folder_share_the_history(source: str, mounter: Mounter, tmp_path: Path) -> None:
+    state = str(tmp_path / "state")
+    opened_every(state, source, "a/model", 10 * MINUTE)
+    mounts = [mounter(source, state_dir=state) for _ in range(2)]
+    for mount in mounts:
+        foretold: Callable[[], list[Any]] = functools.partial(lambda one: predicted(one)["models"], mount)
+        wait_until(foretold, "it foretells")
+        assert [one["model"] for one in foretold()] == ["a/model"]
+    use(mounts[0], "b", "config.json")
+    use(mounts[1], "a", "config.json")
+    for mount in mounts:
+        assert mount.umount().returncode == 0
+        assert mount.supervisor.has_ended(5)
+    with history(state, source) as past:
+        assert sorted(model for model, _ in past.opens()[-2:]) == ["a/model", "b/model"]
+
+
+def test_an_open_is_remembered_by_a_daemon_that_hands_over(source: str, mounter: Mounter, tmp_path: Path) -> None:
+    state = str(tmp_path / "state")
+    mount = mounter(source, state_dir=state)
+    use(mount, "a", "config.json")
+    wait_until(lambda: mount.live()["prefetch"]["wanted"] == 1, "it is wanted")
+    older = mount.daemon_pid()
+    os.kill(older, signal.SIGTERM)
+    wait_until(lambda: mount.daemon_pid() != older, "another serves")
+    wait_until(lambda: predicted(mount)["known"] == 1, "it knows of the open", timeout_s=10)
+    assert mount.umount().returncode == 0
+    assert mount.supervisor.has_ended(5)
+    with history(state, source) as past:
+        assert [model for model, _ in past.opens()] == ["a/model"]

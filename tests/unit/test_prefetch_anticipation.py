@@ -149,7 +149,7 @@ def test_the_likelier_is_read_first_and_each_once(rig: Rig) -> None:
     assert rig.reader.read == [A, B]
     said = ahead.status()
     assert [one["model"] for one in said["models"]] == [A, B]
-    assert all(one["resident_bytes"] == one["bytes"] == SIZE for one in said["models"])
+    assert all(one["resident_bytes"] >= 0.9 * SIZE for one in said["models"]), "pages may vanish by themselves"
     assert said["models"][0]["probability"] > 0.9
     assert said["waits_for"] is None
     assert said["known"] == 2
@@ -297,20 +297,15 @@ def test_what_is_used_and_what_is_wasted() -> None:
     score, key, other = Score(), key_of(A), key_of(B)
     score.read(key, 100)
     score.read(key, 50)
-    score.wanted(key, 120, whole=True)
+    assert score.is_open(key)
+    score.wanted(key, 120)
+    assert not score.is_open(key)
     assert (score.read_bytes, score.used_bytes, score.wasted_bytes) == (150, 120, 30)
-    score.wanted(key, 120, whole=True)
+    score.wanted(key, 120)
     assert score.used_bytes == 120, "counted once"
     score.read(other, 40)
     score.lost(other)
     score.lost(other)
+    score.read(other, -5)  # pages vanished meanwhile
+    assert not score.is_open(other)
     assert score.wasted_bytes == 70
-
-
-def test_what_was_not_looked_at_is_still_open() -> None:
-    score, key = Score(), key_of(A)
-    score.read(key, 100)
-    score.wanted(key, 30, whole=False)
-    assert (score.used_bytes, score.wasted_bytes) == (30, 0)
-    score.wanted(key, 100, whole=True)
-    assert (score.used_bytes, score.wasted_bytes) == (100, 0)

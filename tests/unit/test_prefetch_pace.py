@@ -82,6 +82,13 @@ def test_it_takes_all_again_once_they_have_ended(machine: Machine) -> None:
     assert machine.rate(0.5) > 0.95 * READ / 0.001
 
 
+def test_it_passes_over_who_hardly_reads(machine: Machine) -> None:
+    for _ in range(200):
+        machine.rate(0.01)
+        machine.read(64 << 10, 4096)
+    assert not machine.yields()
+
+
 def test_the_loader_of_what_is_read_is_no_other(machine: Machine) -> None:
     assert machine.rate(1.0, each=64 << 10, own_loader=True) > 0.95 * READ / 0.001
     assert not machine.yields()

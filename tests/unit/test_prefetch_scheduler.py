@@ -22,6 +22,7 @@ from prefetch.scheduler import Scheduler, SchedulerConfig
 from prefetch.standing import Standing
 from prefetch.wishes import is_trigger
 from tests.unit.test_prefetch_foresight import FakePast
+from weightfs import linux
 from weightfs.formats.layout import Role, TensorExtent, WeightLayout
 
 SIZE = 1 << 20
@@ -171,16 +172,16 @@ def cool(shelf: FakeShelf, *names: str) -> None:
 
 
 class Gate:
-    """Stands in for sendfile(2): reads wait while it is shut."""
+    """Stands before whatever the filler reads with: reads wait while it is shut."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open = threading.Event()
-        self.read = os.sendfile
-        monkeypatch.setattr(os, "sendfile", self)
+        for where, name in ((os, "sendfile"), (linux, "populate_huge")):
+            monkeypatch.setattr(where, name, functools.partial(self._read, getattr(where, name)))
 
-    def __call__(self, *arguments: int) -> int:
+    def _read(self, read: Callable[..., Any], *arguments: int) -> Any:
         self.open.wait(SOON_S)
-        return self.read(*arguments)
+        return read(*arguments)
 
 
 def target(name: str, *kept: str) -> Target:
