@@ -102,6 +102,7 @@ class RestoreOptions:
         leave_stopped: every process is stopped (SIGSTOP) once it is restored.
         join: namespaces to restore into, as `net:/run/netns/x`.
         empty_net: the network namespace is made anew and left empty.
+        enter: the command before CRIU's that has it run in other namespaces; the pid it tells is one in there.
     """
 
     shell_job: bool = False
@@ -118,6 +119,7 @@ class RestoreOptions:
     leave_stopped: bool = False
     join: tuple[str, ...] = ()
     empty_net: bool = False
+    enter: tuple[str, ...] = ()
 
 
 def options_for(processes: Sequence[Process], sockets: Mapping[int, Socket] | None = None) -> DumpOptions:
@@ -183,7 +185,14 @@ def dump_argv(criu: Criu, pid: int, images: str, options: DumpOptions, *, work: 
 def restore_argv(criu: Criu, images: str, options: RestoreOptions, *, work: str | None = None) -> list[str]:
     """The command that restores the tree in the folder `images` and returns once it runs, its pid in a file."""
     o = options
-    argv = [*_common(criu, "restore", images, work), "--restore-detached", "--pidfile", PID_FILE, *_switches(o)]
+    argv = [
+        *o.enter,
+        *_common(criu, "restore", images, work),
+        "--restore-detached",
+        "--pidfile",
+        PID_FILE,
+        *_switches(o),
+    ]
     for fd, resource in o.inherit:
         argv += ["--inherit-fd", f"fd[{fd}]:{resource}"]
     if o.root is not None:

@@ -15,15 +15,16 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from checkpoint import control, criu, in_use, points, processes, readiness, stdio
+from checkpoint import control, criu, in_use, instances, points, processes, readiness, stdio
 from checkpoint.creation import options_kept
 from checkpoint.digests import Identity
 from checkpoint.errors import RetryError
 from checkpoint.fingerprint import Difference, compare, require_fit
+from checkpoint.instances import Instance, Published
 from checkpoint.journal import Entry, Journal
 from checkpoint.machine import fingerprint_here
 from checkpoint.manifest import Manifest
@@ -50,6 +51,8 @@ class RestoreOptions:
         attached: the stdio of the process, which becomes this one's child; None for a session of its own.
         command: what it must have been; empty where that does not matter.
         verify: whether the images' digests are compared.
+        own_namespaces: it is a second instance, see `instances`.
+        ports: published from there.
     """
 
     ready: Readiness | None = None
@@ -58,6 +61,8 @@ class RestoreOptions:
     attached: stdio.Given | None = None
     command: Sequence[str] = ()
     verify: bool = True
+    own_namespaces: bool = False
+    ports: Sequence[Published] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +110,8 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
         with phases.phase("fit"):
             found = differences(manifest, tools, options.command)
             require_fit(name, found)
-            _require_free(manifest)
+            if not options.own_namespaces:
+                _require_free(manifest)
             if tools.cuda is not None:
                 tools.cuda.require_free(manifest.gpu_bytes)
         with phases.phase("weights"):
@@ -122,18 +128,21 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
             command=manifest.command,
             since_ticks=int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")),
         )
-        with Journal(entry) as journal:
+        with Journal(entry) as journal, _instance(options, phases) as instance:
             journal.at("restoring")
-            pid = _memory_filled(snapshot, tools, options, phases)
+            pid = inside = _memory_filled(snapshot, tools, options, phases, instance)
+            if instance is not None:
+                pid = instance.pids()[inside]
             tree = processes.tree_of(pid)
             journal.at("letting go", tree=control.tree(tree), root=pid)
             try:
-                _let_go(manifest, journal.entry.tree, weights, tools, phases)
+                _let_go(manifest, journal.entry.tree, weights, tools, phases, instance)
                 if options.ready is not None:
                     journal.at("ready")
-                    root = journal.entry.tree[0]
                     with phases.phase("ready"):
-                        readiness.wait(options.ready, options.timeout_s, lambda: control.is_there(*root))
+                        _wait(options.ready, options, journal.entry.tree[0], instance)
+                if instance is not None:
+                    instance.keep(inside)
             except BaseException:
                 control.end(journal.entry.tree)
                 raise
@@ -145,6 +154,23 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
         differences=found,
         warnings=_counted(manifest, tools),
     )
+
+
+@contextlib.contextmanager
+def _instance(options: RestoreOptions, phases: Phases) -> Iterator[Instance | None]:
+    if not options.own_namespaces:
+        yield None
+        return
+    with contextlib.ExitStack() as held:
+        with phases.phase("namespaces"):
+            instance = held.enter_context(instances.made(options.ports))
+        yield instance
+
+
+def _wait(ready: Readiness, options: RestoreOptions, root: tuple[int, int], instance: Instance | None) -> None:
+    inside = instance.network() if instance is not None and not options.ports else contextlib.nullcontext()
+    with inside:
+        readiness.wait(ready, options.timeout_s, lambda: control.is_there(*root))
 
 
 def _require_free(manifest: Manifest) -> None:
@@ -164,7 +190,10 @@ def _require_free(manifest: Manifest) -> None:
             time.sleep(_LOOK_S)
 
 
-def _memory_filled(snapshot: Snapshot, tools: Tools, options: RestoreOptions, phases: Phases) -> int:
+def _memory_filled(
+    snapshot: Snapshot, tools: Tools, options: RestoreOptions, phases: Phases, instance: Instance | None
+) -> int:
+    """Restore the tree, stopped; gives the pid of the root, in its instance."""
     manifest = snapshot.manifest
     replaced = [(fd, resource, path) for fd, resource, path in manifest.replaced]
     default = os.path.join(stdio.LOGS, f"{manifest.name}.log")
@@ -179,24 +208,32 @@ def _memory_filled(snapshot: Snapshot, tools: Tools, options: RestoreOptions, ph
             leave_stopped=True,
             inherit=inherit,
             sibling=options.attached is not None,
+            enter=instance.enter if instance is not None else (),
         )
         with phases.phase("criu restore"):
             return criu.restore(tools.criu, snapshot.images, wanted, options.timeout_s, work=work)
 
 
 def _let_go(
-    manifest: Manifest, tree: control.Tree, weights: Mapping[str, Identity], tools: Tools, phases: Phases
+    manifest: Manifest,
+    tree: control.Tree,
+    weights: Mapping[str, Identity],
+    tools: Tools,
+    phases: Phases,
+    instance: Instance | None,
 ) -> None:
     unchanged_since(weights)
     if manifest.point is not None:
         points.let_go(manifest.point, "restored")
     control.resume(tree)
     if manifest.cuda_pids and tools.cuda is not None:
+        outside = instance.pids() if instance is not None else {}
+        pids = [outside.get(pid, pid) for pid in manifest.cuda_pids]
         with phases.phase("cuda restore"):
-            tools.cuda.restore_all(manifest.cuda_pids)
+            tools.cuda.restore_all(pids)
         with phases.phase("cuda unlock"):
             unchanged_since(weights)
-            tools.cuda.unlock_all(manifest.cuda_pids)
+            tools.cuda.unlock_all(pids)
 
 
 def _counted(manifest: Manifest, tools: Tools) -> list[str]:
