@@ -21,6 +21,9 @@ GHOST_LIMIT_BYTES: Final = 1 << 30
 OWN_MOUNTS: Final = "mnt[]:sm"
 """Each mount that is there outside of the tree's mount namespace too is taken from there, however it propagates."""
 
+ROOT_TO_BE_NAMED: Final = ""
+"""`RestoreOptions.root` of a tree whose root folder is a filesystem of its own, which lies elsewhere each time."""
+
 _OLDEST_WITH_SOCKETS: Final = (4, 2, 0)
 _STRICT_SOCKETS: Final = (6, 16)
 """getsockopt(SO_PASSCRED) fails since then for all but a few families of sockets; older CRIUs ask it of every one."""

@@ -21,8 +21,9 @@ from typing import Final
 
 from checkpoint import control, criu, in_use, instances, points, processes, readiness, stdio
 from checkpoint.creation import options_kept
+from checkpoint.criu_command import ROOT_TO_BE_NAMED
 from checkpoint.digests import Identity
-from checkpoint.errors import RetryError
+from checkpoint.errors import MisfitError, RetryError
 from checkpoint.fingerprint import Difference, compare, require_fit
 from checkpoint.instances import Instance, Published
 from checkpoint.journal import Entry, Journal
@@ -38,6 +39,7 @@ from checkpoint.weights import check_weights, unchanged_since
 _WAITED_FOR_S: Final = 10.0
 """Init, or whoever started it, may be slow to wait for a process that was dumped."""
 _LOOK_S: Final = 0.02
+_CORE_OF_PID_1: Final = "core-1.img"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +53,7 @@ class RestoreOptions:
         attached: the stdio of the process, which becomes this one's child; None for a session of its own.
         command: what it must have been; empty where that does not matter.
         verify: whether the images' digests are compared.
+        root: where the root filesystem of its container is mounted; None where it has none of its own.
         own_namespaces: it is a second instance, see `instances`.
         ports: published from there.
     """
@@ -61,6 +64,7 @@ class RestoreOptions:
     attached: stdio.Given | None = None
     command: Sequence[str] = ()
     verify: bool = True
+    root: str | None = None
     own_namespaces: bool = False
     ports: Sequence[Published] = ()
 
@@ -110,7 +114,8 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
         with phases.phase("fit"):
             found = differences(manifest, tools, options.command)
             require_fit(name, found)
-            if not options.own_namespaces:
+            _require_placed(manifest, options)
+            if not options.own_namespaces and not _is_container(manifest):
                 _require_free(manifest)
             if tools.cuda is not None:
                 tools.cuda.require_free(manifest.gpu_bytes)
@@ -173,6 +178,32 @@ def _wait(ready: Readiness, options: RestoreOptions, root: tuple[int, int], inst
         readiness.wait(ready, options.timeout_s, lambda: control.is_there(*root))
 
 
+def _is_container(manifest: Manifest) -> bool:
+    """Whether its root is pid 1 of a pid namespace, which the images hold."""
+    return any(file.name == _CORE_OF_PID_1 for file in manifest.files)
+
+
+def _require_placed(manifest: Manifest, options: RestoreOptions) -> None:
+    """Refuse what can't be restored where it is to go."""
+    inside = "or have the container run `weightfs snapshot run`, which needs neither"
+    root = options_kept(manifest.criu_options).root
+    if root == ROOT_TO_BE_NAMED and options.root is None:
+        raise MisfitError(
+            "the process had the root filesystem of a container", mend=f"mount it and name it with --root, {inside}"
+        )
+    if root is None and options.root is not None:
+        raise MisfitError("the process had no mounts of its own, and takes no --root", mend="leave it away")
+    if not _is_container(manifest):
+        return
+    if options.own_namespaces:
+        raise MisfitError("the process brings its own pid and network namespace", mend="leave --new-pidns away")
+    if manifest.cuda_pids:
+        raise MisfitError(
+            "the process was pid 1 of a container and used a GPU: which of its processes did is not known any more",
+            mend="make the snapshot with `weightfs snapshot run --create` inside the container",
+        )
+
+
 def _require_free(manifest: Manifest) -> None:
     until = time.monotonic() + _WAITED_FOR_S
     for pid in manifest.pids:
@@ -203,8 +234,10 @@ def _memory_filled(
             inherit = stdio.callers(replaced, options.attached)
         else:
             inherit = held.enter_context(stdio.opened(replaced, options.log, default))
+        kept = options_kept(manifest.criu_options)
         wanted = replace(
-            options_kept(manifest.criu_options),
+            kept,
+            root=options.root or kept.root,
             leave_stopped=True,
             inherit=inherit,
             sibling=options.attached is not None,

@@ -92,6 +92,7 @@ def restore(
     timeout: Annotated[float, typer.Option(help="Seconds for CRIU, and again until it answers.")] = 120.0,
     log: Log = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare the images' digests.")] = False,
+    root: Annotated[str | None, typer.Option(help="Where its container's root filesystem is mounted.")] = None,
     new_pidns: Annotated[
         bool, typer.Option("--new-pidns", help="Beside another instance: own pids, own network.")
     ] = False,
@@ -122,6 +123,7 @@ def restore(
             timeout_s=timeout,
             log=log,
             verify=not no_verify,
+            root=root,
             own_namespaces=new_pidns,
             ports=[parse_published(one) for one in publish or ()],
         )
