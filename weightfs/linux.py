@@ -59,6 +59,7 @@ _IOPRIO_WHO_PROCESS: Final = 1
 _IOPRIO_IDLE: Final = 3 << 13
 _MAP_FAILED: Final = (1 << 64) - 1
 _AT_STATX_DONT_SYNC: Final = 0x4000
+_CLONE_NEWNET: Final = 0x40000000
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _PROT_READ: Final = 1
 _MADV_RANDOM: Final = 1
@@ -90,6 +91,7 @@ _libc.mmap.argtypes = [
 ]
 _libc.mmap.restype = ctypes.c_void_p
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.setns.argtypes = [ctypes.c_int, ctypes.c_int]
 _libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
 _libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -204,6 +206,12 @@ def umount(target: str, flags: int = 0) -> None:
 def adopt_orphans() -> None:
     """prctl(PR_SET_CHILD_SUBREAPER): descendants of this process whose parent ends become its children."""
     if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise _failed()
+
+
+def enter_network(fd: int) -> None:
+    """setns(2): this thread is in the network namespace `fd` is open for; os.setns came with Python 3.12."""
+    if _libc.setns(fd, _CLONE_NEWNET):
         raise _failed()
 
 
