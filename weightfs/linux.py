@@ -6,6 +6,7 @@ Layouts and numbers are those of the kernel's uapi headers (`linux/stat.h`, `lin
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -62,6 +63,7 @@ _AT_STATX_DONT_SYNC: Final = 0x4000
 _CLONE_NEWNET: Final = 0x40000000
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _PROT_READ: Final = 1
+_BALLOON_REPORTS: Final = 5
 _MADV_RANDOM: Final = 1
 _MADV_HUGEPAGE: Final = 14
 _MADV_POPULATE_READ: Final = 22
@@ -293,6 +295,23 @@ def huge_page_bytes() -> int | None:
             return int(setting.read())
     except OSError:
         return None
+
+
+def reports_free_pages(drivers: str = "/sys/bus/virtio/drivers") -> bool:
+    """Whether a hypervisor takes back free memory in blocks as large as huge pages.
+
+    A huge page is then memory that the host has to find again, page by page, for the device and for whoever reads it.
+    Source: the feature VIRTIO_BALLOON_F_REPORTING of the Virtio specification, 5.5.3.
+    """
+    try:
+        balloons = os.listdir(f"{drivers}/virtio_balloon")
+    except OSError:
+        return False
+    for balloon in balloons:
+        with contextlib.suppress(OSError), open(f"{drivers}/virtio_balloon/{balloon}/features") as features:
+            if features.read()[_BALLOON_REPORTS : _BALLOON_REPORTS + 1] == "1":
+                return True
+    return False
 
 
 def populate_huge(fd: int, offset: int, nbytes: int) -> None:
