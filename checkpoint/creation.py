@@ -196,7 +196,7 @@ def _create(
                 phases=phases.seconds,
                 hooks=options.point is not None and points.reached(options.point) is not None,
                 point=options.point,
-                criu_options=_kept(criu_command.restore_options_of(dumped)),
+                criu_options=_kept(_restored_with(dumped, entry.root)),
             )
             snapshot = draft.commit(said)
     except BaseException as failure:
@@ -259,6 +259,14 @@ def finish(entry: Entry, tools: Tools) -> None:
         tools.cuda.settle({pid: State(number) for pid, number in entry.cuda.items()})
     if entry.point:
         points.dismiss(entry.point)
+
+
+def _restored_with(dumped: criu_command.DumpOptions, root: int) -> criu_command.RestoreOptions:
+    """How to restore it; a root folder that is not ours is only known to whoever runs the container."""
+    options = criu_command.restore_options_of(dumped)
+    if options.root is not None and not os.path.samefile(f"/proc/{root}/root", "/"):
+        return replace(options, root=criu_command.ROOT_TO_BE_NAMED)
+    return options
 
 
 def _leads_to(process: Process, fd: int) -> str:

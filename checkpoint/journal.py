@@ -36,6 +36,7 @@ class Entry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         command: the root's command line.
         cuda: the number of the state in which each CUDA process was found, by pid.
         leave_running: a create's option.
+        own_pids: its processes are numbered in a pid namespace of their own, which ends with the command.
         since_ticks: clock ticks since boot when it began.
         id: the snapshot will have.
         started: the tree was started for the snapshot; undone, it ends.
@@ -54,6 +55,7 @@ class Entry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     cuda: dict[int, int] = {}
     leave_running: bool = False
     since_ticks: int = 0
+    own_pids: bool = False
     id: str = ""
     started: bool = False
     point: str = ""

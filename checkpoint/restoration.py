@@ -14,15 +14,17 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from checkpoint import control, criu, in_use, points, processes, readiness, stdio
+from checkpoint import control, criu, in_use, instances, points, processes, readiness, stdio
 from checkpoint.creation import options_kept
+from checkpoint.criu_command import ROOT_TO_BE_NAMED
 from checkpoint.digests import Identity
-from checkpoint.errors import RetryError
+from checkpoint.errors import MisfitError, RetryError
 from checkpoint.fingerprint import Difference, compare, require_fit
+from checkpoint.instances import Instance, Published
 from checkpoint.journal import Entry, Journal
 from checkpoint.machine import fingerprint_here
 from checkpoint.manifest import Manifest
@@ -37,6 +39,7 @@ _WAITED_FOR_S: Final = 10.0
 """Init, or whoever started it, may be slow to wait for a process that was dumped."""
 _LOOK_S: Final = 0.02
 _CRIU_S: Final = 120.0
+_CORE_OF_PID_1: Final = "core-1.img"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +53,9 @@ class RestoreOptions:
         attached: the stdio of the process, which becomes this one's child; None for a session of its own.
         command: what it must have been; empty where that does not matter.
         verify: whether the images' digests are compared.
+        root: where the root filesystem of its container is mounted; None where it has none of its own.
+        own_namespaces: it is a second instance, see `instances`.
+        ports: published from there.
     """
 
     ready: Readiness | None = None
@@ -58,6 +64,9 @@ class RestoreOptions:
     attached: stdio.Given | None = None
     command: Sequence[str] = ()
     verify: bool = True
+    root: str | None = None
+    own_namespaces: bool = False
+    ports: Sequence[Published] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +114,9 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
         with phases.phase("fit"):
             found = differences(manifest, tools, options.command)
             require_fit(name, found)
-            _require_free(manifest)
+            _require_placed(manifest, options)
+            if not options.own_namespaces and not _is_container(manifest):
+                _require_free(manifest)
             if tools.cuda is not None:
                 tools.cuda.require_free(manifest.gpu_bytes)
         with phases.phase("weights"):
@@ -119,18 +130,23 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
             store=store.path,
             images=snapshot.images,
             root=manifest.root_pid,
+            own_pids=options.own_namespaces,
             since_ticks=int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")),
         )
-        with Journal(entry) as journal:
+        with Journal(entry) as journal, _instance(options, phases) as instance:
             try:
                 journal.at("restoring")
-                pid = _memory_filled(snapshot, entry.work, tools, options, phases)
+                pid = inside = _memory_filled(snapshot, entry.work, tools, options, phases, instance)
+                if instance is not None:
+                    pid = instance.pids()[inside]
                 journal.at("letting go", tree=control.tree(processes.tree_of(pid)), root=pid)
-                _let_go(manifest, entry.tree, weights, tools, phases)
+                _let_go(manifest, entry.tree, weights, tools, phases, instance)
                 if options.ready is not None:
                     journal.at("ready")
                     with phases.phase("ready"):
-                        readiness.wait(options.ready, options.timeout_s, lambda: control.is_there(*entry.tree[0]))
+                        _wait(options.ready, options, entry.tree[0], instance)
+                if instance is not None:
+                    instance.keep(inside)
             except BaseException:
                 undo(entry)
                 raise
@@ -152,11 +168,54 @@ def undo(entry: Entry) -> None:
     """
     if entry.tree:
         control.end_all(entry.tree)
-    elif entry.step == "restoring":
+    elif entry.step == "restoring" and not entry.own_pids:
         criu.wait_for(entry.images, _CRIU_S)
         pid = criu.restored_pid(entry.work)
         if pid is not None and (since := start_ticks(pid)) is not None and since >= entry.since_ticks:
             control.end_all([(pid, since)])
+
+
+@contextlib.contextmanager
+def _instance(options: RestoreOptions, phases: Phases) -> Iterator[Instance | None]:
+    if not options.own_namespaces:
+        yield None
+        return
+    with contextlib.ExitStack() as held:
+        with phases.phase("namespaces"):
+            instance = held.enter_context(instances.made(options.ports))
+        yield instance
+
+
+def _wait(ready: Readiness, options: RestoreOptions, root: tuple[int, int], instance: Instance | None) -> None:
+    inside = instance.network() if instance is not None and not options.ports else contextlib.nullcontext()
+    with inside:
+        readiness.wait(ready, options.timeout_s, lambda: control.is_there(*root))
+
+
+def _is_container(manifest: Manifest) -> bool:
+    """Whether its root is pid 1 of a pid namespace, which the images hold."""
+    return any(file.name == _CORE_OF_PID_1 for file in manifest.files)
+
+
+def _require_placed(manifest: Manifest, options: RestoreOptions) -> None:
+    """Refuse what can't be restored where it is to go."""
+    inside = "or have the container run `weightfs snapshot run`, which needs neither"
+    root = options_kept(manifest.criu_options).root
+    if root == ROOT_TO_BE_NAMED and options.root is None:
+        raise MisfitError(
+            "the process had the root filesystem of a container", mend=f"mount it and name it with --root, {inside}"
+        )
+    if root is None and options.root is not None:
+        raise MisfitError("the process had no mounts of its own, and takes no --root", mend="leave it away")
+    if not _is_container(manifest):
+        return
+    if options.own_namespaces:
+        raise MisfitError("the process brings its own pid and network namespace", mend="leave --new-pidns away")
+    if manifest.cuda_pids:
+        raise MisfitError(
+            "the process was pid 1 of a container and used a GPU: which of its processes did is not known any more",
+            mend="make the snapshot with `weightfs snapshot run --create` inside the container",
+        )
 
 
 def _require_free(manifest: Manifest) -> None:
@@ -176,7 +235,15 @@ def _require_free(manifest: Manifest) -> None:
             time.sleep(_LOOK_S)
 
 
-def _memory_filled(snapshot: Snapshot, work: str, tools: Tools, options: RestoreOptions, phases: Phases) -> int:
+def _memory_filled(
+    snapshot: Snapshot,
+    work: str,
+    tools: Tools,
+    options: RestoreOptions,
+    phases: Phases,
+    instance: Instance | None,
+) -> int:
+    """Restore the tree, stopped; gives the pid of the root, in its instance."""
     manifest = snapshot.manifest
     replaced = [(fd, resource, path) for fd, resource, path in manifest.replaced]
     default = os.path.join(stdio.LOGS, f"{manifest.name}.log")
@@ -185,29 +252,39 @@ def _memory_filled(snapshot: Snapshot, work: str, tools: Tools, options: Restore
             inherit = stdio.callers(replaced, options.attached)
         else:
             inherit = held.enter_context(stdio.opened(replaced, options.log, default))
+        kept = options_kept(manifest.criu_options)
         wanted = replace(
-            options_kept(manifest.criu_options),
+            kept,
+            root=options.root or kept.root,
             leave_stopped=True,
             inherit=inherit,
             sibling=options.attached is not None,
+            enter=instance.enter if instance is not None else (),
         )
         with phases.phase("criu restore"):
             return criu.restore(tools.criu, snapshot.images, wanted, options.timeout_s, work=work)
 
 
 def _let_go(
-    manifest: Manifest, tree: control.Tree, weights: Mapping[str, Identity], tools: Tools, phases: Phases
+    manifest: Manifest,
+    tree: control.Tree,
+    weights: Mapping[str, Identity],
+    tools: Tools,
+    phases: Phases,
+    instance: Instance | None,
 ) -> None:
     unchanged_since(weights)
     if manifest.point is not None:
         points.let_go(manifest.point, "restored")
     control.resume(tree)
     if manifest.cuda_pids and tools.cuda is not None:
+        outside = instance.pids() if instance is not None else {}
+        pids = [outside.get(pid, pid) for pid in manifest.cuda_pids]
         with phases.phase("cuda restore"):
-            tools.cuda.restore_all(manifest.cuda_pids)
+            tools.cuda.restore_all(pids)
         with phases.phase("cuda unlock"):
             unchanged_since(weights)
-            tools.cuda.unlock_all(manifest.cuda_pids)
+            tools.cuda.unlock_all(pids)
 
 
 def _counted(manifest: Manifest, tools: Tools) -> list[str]:
