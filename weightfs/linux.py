@@ -44,9 +44,11 @@ IN_EXCL_UNLINK: Final = 0x4000000
 INOTIFY_EVENT: Final = struct.Struct("<iIII")
 """wd, mask, cookie, length of the name behind it, which is padded with NUL."""
 
+CAP_NET_ADMIN: Final = 12
 CAP_IPC_LOCK: Final = 14
 CAP_SYS_ADMIN: Final = 21
 CAP_SYS_RESOURCE: Final = 24
+CAP_SYS_TIME: Final = 25
 
 OOM_SCORE: Final = -900
 """What a daemon sets for itself: everything that reads weights waits on it, so nearly anything else goes first."""
