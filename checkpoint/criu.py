@@ -30,7 +30,7 @@ from checkpoint.criu_command import (
     restore_options_of,
 )
 from checkpoint.criu_log import Command, PidTakenError, explain
-from checkpoint.errors import MisfitError, RetryError, TargetError
+from checkpoint.errors import CheckpointError, MisfitError, RetryError, TargetError
 from checkpoint.processes import Process, process, start_ticks, tree_of
 
 __all__ = [
@@ -208,6 +208,38 @@ def _restore(criu: Criu, images: str, options: RestoreOptions, timeout_s: float,
         _run("restore", restore_argv(criu, images, options, work=folder), folder, timeout_s, inherited)
         with open(pid_file) as file:
             return int(file.read())
+
+
+def restored_pid(work: str) -> int | None:
+    """The root that a restore brought back, where it came so far. `work`: as `restore` was given it."""
+    try:
+        with open(os.path.join(work, PID_FILE)) as file:
+            return int(file.read())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def at_work(images: str) -> Iterator[int]:
+    """Every CRIU that dumps to a folder of images or restores from it, with what it has forked but not yet made."""
+    wanted = {b"--images-dir", b"--libdir", os.fsencode(images)}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as file:
+                if wanted <= set(file.read().split(b"\0")):
+                    yield int(name)
+
+
+def wait_for(images: str, timeout_s: float) -> None:
+    """Wait for every CRIU that is `at_work` on a folder; it goes on when whoever started it has died.
+
+    Raises:
+        CheckpointError: one does not come to an end.
+    """
+    until = time.monotonic() + timeout_s
+    while pids := list(at_work(images)):
+        if time.monotonic() > until:
+            raise CheckpointError(f"CRIU (process {pids[0]}) is still busy", path=images, mend=f"kill {pids[0]}")
+        time.sleep(_LOOK_S)
 
 
 def _is_waited_for(pid: int, until: float) -> bool:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +38,7 @@ from checkpoint.weights import check_weights, unchanged_since
 _WAITED_FOR_S: Final = 10.0
 """Init, or whoever started it, may be slow to wait for a process that was dumped."""
 _LOOK_S: Final = 0.02
+_CRIU_S: Final = 120.0
 _CORE_OF_PID_1: Final = "core-1.img"
 
 
@@ -130,26 +130,25 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
             store=store.path,
             images=snapshot.images,
             root=manifest.root_pid,
-            command=manifest.command,
+            own_pids=options.own_namespaces,
             since_ticks=int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")),
         )
         with Journal(entry) as journal, _instance(options, phases) as instance:
-            journal.at("restoring")
-            pid = inside = _memory_filled(snapshot, tools, options, phases, instance)
-            if instance is not None:
-                pid = instance.pids()[inside]
-            tree = processes.tree_of(pid)
-            journal.at("letting go", tree=control.tree(tree), root=pid)
             try:
-                _let_go(manifest, journal.entry.tree, weights, tools, phases, instance)
+                journal.at("restoring")
+                pid = inside = _memory_filled(snapshot, entry.work, tools, options, phases, instance)
+                if instance is not None:
+                    pid = instance.pids()[inside]
+                journal.at("letting go", tree=control.tree(processes.tree_of(pid)), root=pid)
+                _let_go(manifest, entry.tree, weights, tools, phases, instance)
                 if options.ready is not None:
                     journal.at("ready")
                     with phases.phase("ready"):
-                        _wait(options.ready, options, journal.entry.tree[0], instance)
+                        _wait(options.ready, options, entry.tree[0], instance)
                 if instance is not None:
                     instance.keep(inside)
             except BaseException:
-                control.end(journal.entry.tree)
+                undo(entry)
                 raise
     return Restored(
         manifest=manifest,
@@ -159,6 +158,21 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
         differences=found,
         warnings=_counted(manifest, tools),
     )
+
+
+def undo(entry: Entry) -> None:
+    """End what a restore has brought back so far, from wherever it stopped.
+
+    Raises:
+        CheckpointError: CRIU, which goes on when its command has died, does not end; or a process does not.
+    """
+    if entry.tree:
+        control.end_all(entry.tree)
+    elif entry.step == "restoring" and not entry.own_pids:
+        criu.wait_for(entry.images, _CRIU_S)
+        pid = criu.restored_pid(entry.work)
+        if pid is not None and (since := start_ticks(pid)) is not None and since >= entry.since_ticks:
+            control.end_all([(pid, since)])
 
 
 @contextlib.contextmanager
@@ -222,14 +236,18 @@ def _require_free(manifest: Manifest) -> None:
 
 
 def _memory_filled(
-    snapshot: Snapshot, tools: Tools, options: RestoreOptions, phases: Phases, instance: Instance | None
+    snapshot: Snapshot,
+    work: str,
+    tools: Tools,
+    options: RestoreOptions,
+    phases: Phases,
+    instance: Instance | None,
 ) -> int:
     """Restore the tree, stopped; gives the pid of the root, in its instance."""
     manifest = snapshot.manifest
     replaced = [(fd, resource, path) for fd, resource, path in manifest.replaced]
     default = os.path.join(stdio.LOGS, f"{manifest.name}.log")
     with contextlib.ExitStack() as held:
-        work = held.enter_context(tempfile.TemporaryDirectory(prefix="weightfs-restore-"))
         if options.attached is not None:
             inherit = stdio.callers(replaced, options.attached)
         else:
