@@ -205,9 +205,9 @@ def umount(target: str, flags: int = 0) -> None:
         raise _failed(target)
 
 
-def adopt_orphans() -> None:
-    """prctl(PR_SET_CHILD_SUBREAPER): descendants of this process whose parent ends become its children."""
-    if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+def adopt_orphans(*, adopt: bool) -> None:
+    """prctl(PR_SET_CHILD_SUBREAPER): descendants of this process whose parent ends become its children, or no more."""
+    if _libc.prctl(_PR_SET_CHILD_SUBREAPER, adopt, 0, 0, 0):
         raise _failed()
 
 
