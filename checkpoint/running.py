@@ -209,7 +209,8 @@ def _start(command: Sequence[str], fds: tuple[int, int, int], point: str | None)
 def _leave_low_pids() -> None:
     """In a container the first pids are taken by us and CRIU at every start, and the process must find its own free.
 
-    A thread takes a pid as a process does, 0.4 ms each on two busy cores; `ns_last_pid` is there for this, but can't be written in most containers.
+    A thread takes a pid as a process does, 0.4 ms each on two busy cores; `ns_last_pid` is there for this, but can't be
+    written in most containers.
     """
     until = random.randrange(_YOUNG, 2 * _YOUNG)
     ids: list[int] = [0]
