@@ -33,7 +33,6 @@ NOT_FOUND: Final = 127
 NOT_EXECUTABLE: Final = 126
 """What a shell exits with for a command that is not there, or can't be executed."""
 
-_LOW_PIDS: Final = 1000
 _YOUNG: Final = 300
 """The kernel begins again at this pid when they run out (RESERVED_PIDS): a lower one was given in a young namespace."""
 
@@ -210,9 +209,10 @@ def _start(command: Sequence[str], fds: tuple[int, int, int], point: str | None)
 def _leave_low_pids() -> None:
     """In a container the first pids are taken by us and CRIU at every start, and the process must find its own free.
 
-    A thread takes a pid as a process does; `ns_last_pid` is there for this, but can't be written in most containers.
+    A thread takes a pid as a process does, 0.4 ms each on two busy cores; `ns_last_pid` is there for this, but can't be
+    written in most containers.
     """
-    until = random.randrange(_LOW_PIDS, 2 * _LOW_PIDS)
+    until = random.randrange(_YOUNG, 2 * _YOUNG)
     ids: list[int] = [0]
     while ids[-1] < until:
         thread = threading.Thread(target=lambda: ids.append(threading.get_native_id()))
