@@ -28,6 +28,7 @@ MiB, 3.3 and 2.2 with 16 of 4 MiB.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -51,6 +52,8 @@ _HUGE_BYTES: Final = 2 << 20
 """Of most processors. Where huge pages are of another size sendfile reads."""
 _SMALL_BYTES: Final = 256 << 10
 """A part that is smaller, as orders that were learned have them, is read alone and not with its huge page."""
+_AWAITED_BYTES: Final = 16 << 20
+"""Under way at once for a loader that waits. Others that read wait as long as these take: 5 ms at 3 GB/s."""
 _POPULATES_SINCE: Final = 5, 18
 _EVERYTHING: Final = 1 << 62
 _HELD_S: Final = 0.02
@@ -77,6 +80,8 @@ class Fill:
     Attributes:
         chunks: what to read, a read each; see `cut`.
         fds: a descriptor for each file, by the chunks' names of it, which must stay open until `on_end` is called.
+        awaited: whether its loader has the weights open. Then it is read with the usual I/O priority, but less is
+            under way; else with the idle one, behind whatever anybody reads.
         on_end: called in a thread of the filler once nothing of it is under way any more, and before `ended` is set.
         submitted_at: when the first read was begun (monotonic), None before.
         filled_bytes: read in so far, by this fill.
@@ -87,6 +92,7 @@ class Fill:
     chunks: Iterator[Extent]
     fds: dict[str, int]
     on_end: Callable[[], None]
+    awaited: bool = False
     submitted_at: float | None = None
     filled_bytes: int = 0
     skipped_bytes: int = 0
@@ -116,6 +122,7 @@ class Filler:
         self._demand = demand
         self._can_populate = linux.kernel_version() >= _POPULATES_SINCE and linux.huge_page_bytes() == _HUGE_BYTES
         self._populates = self._can_populate and not linux.reports_free_pages()
+        self._each_bytes = _HUGE_BYTES  # under way for one read
         self._disks = Disks()
         self._pace = Pace(self._disks.counters, self._resident)
         self._turn = threading.Condition()
@@ -161,10 +168,6 @@ class Filler:
             self._turn.notify_all()
 
     def _work(self) -> None:
-        try:
-            linux.be_idle_io()
-        except OSError as e:
-            log.debug("no idle priority: %s", e.strerror)
         with open(os.devnull, "wb", buffering=0) as sink:
             while (taken := self._take()) is not None:
                 fill, chunk = taken
@@ -173,6 +176,9 @@ class Filler:
                     continue
                 read = 0
                 try:
+                    # Behind the reads of its own loader, prefetch would be as slow as they are.
+                    with contextlib.suppress(OSError):  # some containers may not
+                        linux.set_io_priority(idle=self._pace.yields or not fill.awaited)
                     read = self._fill(fill, chunk, sink.fileno())
                 except OSError as e:
                     fill.cancel(f"{chunk.file}: {os.strerror(e.errno or 0)}")
@@ -190,6 +196,8 @@ class Filler:
                     self._turn.wait()
                 elif self._working >= self._config.depth_beside_demand and self._demand():
                     self._turn.wait(_HELD_S)
+                elif self._working >= self._depth():
+                    self._turn.wait()
                 elif (wait_s := self._pace.wait_s(self._working)) > 0:
                     self._turn.wait(wait_s)
                 else:
@@ -204,6 +212,12 @@ class Filler:
                     return fill, chunk
             return None
 
+    def _depth(self) -> int:
+        """How many reads may be under way."""
+        if any(fill.awaited for fill in self._fills):
+            return max(1, min(self._config.depth, _AWAITED_BYTES // self._each_bytes))
+        return self._config.depth
+
     def _sort_out(self) -> None:
         """Take fills of which nothing is left to begin out of the turn."""
         for fill in [fill for fill in self._fills if fill.cancelled or fill.exhausted]:
@@ -216,6 +230,7 @@ class Filler:
     def _look_elsewhere(self) -> None:
         """What is to be read lies on other disks, maybe."""
         self._disks.follow({device for fill in self._fills for device in fill.devices})
+        self._each_bytes = _HUGE_BYTES if self._populates else max(_SMALL_BYTES, 2 * self._disks.read_ahead_bytes())
         self._pace.restart()
 
     def _resident(self) -> int | None:

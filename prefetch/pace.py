@@ -1,12 +1,13 @@
 """When the next read of prefetch may begin, so that others who read from the same disk hardly notice.
 
 Under passthrough nobody tells the daemon of a demand read. The disk's own counters do: every 50 ms nothing of ours is
-under way for a moment, and what the disk has read since beyond what we read is others'. What the files being filled
-have gained thereby was read by their loader, whom prefetch runs ahead of and need not yield to. Beside anybody else
-one read is under way at a time, with a gap behind it in which the disk is theirs alone: long beside small reads, whose
-slowest hundredth suffers, shorter beside large ones, whose bandwidth does.
+under way for a moment, and what the disk has read beyond what the files being filled have gained is others'. (What
+those have gained was read by us, or by their loader, whom prefetch runs ahead of and need not yield to.) Beside anybody
+else one read is under way at a time, with a gap behind it in which the disk is theirs alone: long beside small reads,
+whose slowest hundredth suffers, shorter beside large ones, whose bandwidth does.
 
-The I/O priority is the idle one as well, but no help once a read was handed to the device. Measured beside somebody
+The I/O priority is the idle one then as well, but no help once a read was handed to the device. (It is no good beside
+a model's own loader: behind its reads prefetch would be as slow as they are.) Measured beside somebody
 who reads 64 KiB at a time, one after another, at random places (median of 6 rounds in turn; alone: p99 0.24 ms), on a
 disk that gives us 4 GB/s when nobody else reads; what we get, and their p99:
 
@@ -22,6 +23,7 @@ it beside 25 times.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -32,9 +34,15 @@ from typing import Final
 log = logging.getLogger(__name__)
 
 _LOOK_S: Final = 0.05
-_DRAINS: Final = 10
-"""Until the next look takes at least as many times what it took until nothing was under way: a tenth is lost at most,
-and not even that, since the disk works meanwhile."""
+_AGAIN_S: Final = 0.02
+"""Others are looked for again so soon before anything is yielded: a program that begins to run reads a little too."""
+_DRAINS: Final = 2
+"""The next look is at least as many times as far away as the last one took until nothing was under way; meanwhile the
+disk works all the same."""
+_AHEAD_S: Final = 0.03
+_FEW_UNDER_WAY: Final = 1
+"""What was read ahead of us is waited for as well, but not longer than that: it may be others'."""
+_POLL_S: Final = 0.001
 _QUIET_S: Final = 0.05
 _STUCK_S: Final = 1.0
 """Who has waited so long for reads to end waits for them no longer."""
@@ -51,7 +59,6 @@ _READ_BYTES: Final = 4 << 20
 _READ_S: Final = 0.001
 """How long the disk has to do with one of ours, until it was seen."""
 _SECTOR: Final = 512
-_EVERYTHING: Final = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +68,12 @@ class Counters:
     Attributes:
         nbytes: read.
         reads: requests that it took.
+        under_way: requests that have not ended.
     """
 
     nbytes: int
     reads: int
+    under_way: int = 0
 
 
 class Disks:
@@ -86,17 +95,27 @@ class Disks:
             except OSError as e:
                 log.debug("device %d:%d says nothing of its reads: %s", os.major(device), os.minor(device), e.strerror)
 
+    def read_ahead_bytes(self) -> int:
+        """The most that the kernel reads ahead of a reader of any of them, 0 where that is not known."""
+        found = [0]
+        for device in self._stats:
+            path = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+            with contextlib.suppress(OSError), open(path) as setting:
+                found.append(int(setting.read()) << 10)
+        return max(found)
+
     def counters(self) -> Counters | None:
         """Of all of them together; None where none has any."""
-        nbytes = reads = 0
+        nbytes = reads = under_way = 0
         try:
             for stat in self._stats.values():
                 fields = os.pread(stat, 512, 0).split()
                 reads += int(fields[0])
                 nbytes += int(fields[2]) * _SECTOR
+                under_way += int(fields[8])
         except OSError:  # a disk that is no more
             return None
-        return Counters(nbytes, reads) if self._stats else None
+        return Counters(nbytes, reads, under_way) if self._stats else None
 
 
 class Pace:
@@ -118,15 +137,16 @@ class Pace:
         self._resident = resident
         self._clock = clock
         self._ours = 0
-        self._mark: tuple[float, Counters, int] | None = None  # when, what the disks had read, and what we had
+        self._mark: tuple[float, int] | None = None  # when others were last looked for, and what we had read
+        self._most = 0  # what the disks had read that is not in the files being filled; pages on their way count there
         self._gap: Counters | None = None  # what they had read when the last gap began
-        self._held: tuple[int | None, int] = 0, 0  # what was in memory when that last mattered, and what we had read
         self._next_s = 0.0
         self._seen_s = -_QUIET_S
         self._draining_s: float | None = None
         self._stuck = 0
         self._read_s = _READ_S
         self._gaps = _GAP_BESIDE_SMALL
+        self._suspects = False
         self.yields = False
 
     def restart(self) -> None:
@@ -152,32 +172,42 @@ class Pace:
             if (left := self._draining_s + _STUCK_S - now) > 0:
                 return left
             self._stuck = under_way
+        counted = self._counters()
+        if not self.yields and counted is not None and counted.under_way > _FEW_UNDER_WAY:
+            if self._draining_s is None:
+                self._draining_s = now
+            if now < self._draining_s + _AHEAD_S:
+                return _POLL_S
         drained_s = now - self._draining_s if self._draining_s is not None else 0.0
         self._draining_s = None
-        self._look(now)
-        self._next_s = now if self.yields else now + max(_LOOK_S, _DRAINS * drained_s)
+        self._look(now, counted)
+        look_s = _AGAIN_S if self._suspects else _LOOK_S
+        self._next_s = now if self.yields else now + max(look_s, _DRAINS * drained_s)
         return 0.0
 
     @property
     def _gap_s(self) -> float:
         return min(max(_GAP_S[0], self._gaps * self._read_s), _GAP_S[1])
 
-    def _look(self, now: float) -> None:
+    def _look(self, now: float, counted: Counters | None) -> None:
         """See whether others have read since the mark."""
-        counted, mark = self._counters(), self._mark
-        if counted is None:
+        held, mark = self._resident(), self._mark
+        if counted is None or held is None:
             self.yields = False
             return
-        self._mark = now, counted, self._ours
+        self._mark = now, self._ours
         if mark is None:
-            self._explain()
+            self._most = counted.nbytes - held
             return
-        at_s, before, ours = mark
-        others = counted.nbytes - before.nbytes - (self._ours - ours)
-        few = _SOME_BYTES + _SOME_BYTES_S * (now - at_s)
-        if others > few:
-            others -= self._explain()
-        if others > few:
+        at_s, ours = mark
+        others = counted.nbytes - held - self._most
+        self._most += max(0, others)
+        others_read = others > _SOME_BYTES + _SOME_BYTES_S * (now - at_s)
+        if others_read and not (self.yields or self._suspects):
+            self._suspects = True
+            return
+        self._suspects = False
+        if others_read:
             gap = self._gap if self.yields else None
             if gap is None:
                 self._gaps = _GAP_BESIDE_SMALL
@@ -189,11 +219,3 @@ class Pace:
             if not self.yields and (read := self._ours - ours) > 4 * _READ_BYTES:
                 self._read_s = (now - at_s) * _READ_BYTES / read
             self.yields = False
-
-    def _explain(self) -> int:
-        """Bytes of what is being filled that came into memory since the last call, and not by us."""
-        last, held = self._held, self._resident()
-        self._held = held, self._ours
-        if held is None or last[0] is None:
-            return _EVERYTHING
-        return max(0, held - last[0] - (self._ours - last[1]))

@@ -303,6 +303,9 @@ class Scheduler:
                 if wish.target is None:
                     known.wanted_s = now
                     known.load.opened(now, wish.trigger)
+                known.awaited = known.awaited or wish.opens_weights
+                if known.fill is not None:
+                    known.fill.awaited = known.awaited
                 return known
         opened = self._shelf.open(*key)
         if opened is None:
@@ -345,8 +348,9 @@ class Scheduler:
                 load.opened(now, wish.trigger)
             last_s = now if wish.target is None else max(wish.target.wanted_s, again.wanted_s if again else 0.0)
             standing = Standing(
-                key, last_s, wish.trigger, wish.process, plan, len(wanted) < len(plan.layers), None, load
-            )
+                key, last_s, wish.trigger, wish.process, plan, len(wanted) < len(plan.layers), None, load,
+                awaited=wish.opens_weights,
+            )  # fmt: skip
             self._models[key] = standing
             self._models.move_to_end(key)
             while len(self._models) > _REMEMBERED:
@@ -361,7 +365,7 @@ class Scheduler:
         labels = {layer.label for layer in affordable}
         before = self._known_bytes(standing, opened)
         end = functools.partial(self._end, standing, opened, before)
-        fill = standing.fill = Fill(cut(plan.extents(labels)), opened.fds, end)
+        fill = standing.fill = Fill(cut(plan.extents(labels)), opened.fds, end, standing.awaited)
         with self._measuring:
             self._opened[standing] = opened
         if len(affordable) < len(wanted):

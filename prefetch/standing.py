@@ -32,6 +32,7 @@ class Standing:
         in_part: whether some layers only were asked for.
         fill: of that plan; None before it began.
         load: what the timeline tells of it.
+        awaited: whether a file of its weights was opened, and not only what a loader looks at before.
     """
 
     key: Key
@@ -42,6 +43,7 @@ class Standing:
     in_part: bool
     fill: Fill | None
     load: Load
+    awaited: bool = False
 
     @property
     def name(self) -> str:

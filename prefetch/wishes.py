@@ -33,6 +33,11 @@ class Wish:
     layers: Collection[str] | None = None
     target: Target | None = None
 
+    @property
+    def opens_weights(self) -> bool:
+        """Whether a file of weights was opened, and not only what a loader looks at before."""
+        return format_of(self.trigger) is not None
+
 
 def is_trigger(path: bytes) -> bool:
     """Whether a loader opens a file of that name before, or when, it loads weights."""

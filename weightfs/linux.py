@@ -59,6 +59,7 @@ _SYS_OPENAT2: Final = 437
 _SYS_CACHESTAT: Final = 451
 _SYS_IOPRIO_SET: Final = 30 if os.uname().machine == "aarch64" else 251
 _IOPRIO_WHO_PROCESS: Final = 1
+_IOPRIO_LAST: Final = 2 << 13 | 7
 _IOPRIO_IDLE: Final = 3 << 13
 _MAP_FAILED: Final = (1 << 64) - 1
 _AT_STATX_DONT_SYNC: Final = 0x4000
@@ -406,9 +407,13 @@ def mincore(fd: int, offset: int, nbytes: int) -> int:
     return present.raw[: -(-nbytes // mmap.PAGESIZE)].count(b"\1")
 
 
-def be_idle_io() -> None:
-    """From now on this thread's reads give way to everyone else's, where the disk's scheduler knows priorities."""
-    if _ioprio_set(_SYS_IOPRIO_SET, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_IDLE):
+def set_io_priority(*, idle: bool) -> None:
+    """Have this thread's reads from now on give way to everyone else's where the disk's scheduler knows priorities.
+
+    Args:
+        idle: they wait until nobody else's are under way; else they are merely the last of the usual ones.
+    """
+    if _ioprio_set(_SYS_IOPRIO_SET, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_IDLE if idle else _IOPRIO_LAST):
         raise _failed()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from prefetch.filler import CHUNK_BYTES, Fill, Filler, FillerConfig, cut
+from prefetch.pace import Disks
 from prefetch.plan import Extent
 from prefetch.residency import drop, resident_bytes
 from weightfs import linux
@@ -244,6 +245,30 @@ def test_beside_a_demand_read_few_are_under_way(file: int, monkeypatch: pytest.M
     assert fill.ended.wait(SOON_S)
     filler.close()
     assert most[0] <= 2
+
+
+def test_for_a_loader_that_waits_little_is_under_way(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    under_way, most, lock = [0], [0], threading.Lock()
+
+    def counted(self: Filler, fill: Fill, chunk: Extent, sink: int) -> int:
+        with lock:
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+        threading.Event().wait(0.005)
+        with lock:
+            under_way[0] -= 1
+        return 0
+
+    monkeypatch.setattr(Filler, "_fill", counted)
+    monkeypatch.setattr(Disks, "read_ahead_bytes", lambda self: 4 << 20)
+    monkeypatch.setattr(linux, "reports_free_pages", lambda: True)
+    filler = Filler(FillerConfig(depth=8))
+    parts = (Extent("f", number * CHUNK_BYTES, CHUNK_BYTES) for number in range(40))
+    fill = Fill(parts, {"f": file}, lambda: None, awaited=True)
+    filler.start(fill)
+    assert fill.ended.wait(SOON_S)
+    filler.close()
+    assert most[0] == 2
 
 
 def test_whoever_is_told_of_the_end_may_wait_for_another(filler: Filler, file: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,24 @@ def test_it_passes_over_who_hardly_reads(machine: Machine) -> None:
         machine.rate(0.01)
         machine.read(64 << 10, 4096)
     assert not machine.yields()
+
+
+def test_it_does_not_yield_to_who_reads_once(machine: Machine) -> None:
+    for _ in range(20):
+        machine.rate(0.2)
+        machine.read(8 * MIB, 4096)
+    assert not machine.yields()
+
+
+def test_what_was_read_ahead_is_waited_for_but_not_long(machine: Machine) -> None:
+    machine.rate(0.2)
+    machine.now_s += 0.06
+    assert machine.counted is not None
+    machine.counted = replace(machine.counted, under_way=3)
+    began_s = machine.now_s
+    while (wait_s := machine.pace.wait_s(0)) > 0:
+        machine.now_s += wait_s
+    assert machine.now_s - began_s == pytest.approx(0.03, abs=0.002)
 
 
 def test_the_loader_of_what_is_read_is_no_other(machine: Machine) -> None:
