@@ -6,7 +6,7 @@
     model = load()
     snapshot_point("warm")      # returns in the original, and in every restore
 
-Uses the standard library alone. Outside of a snapshot command all of this does nothing.
+Needs the standard library alone. Outside of a snapshot command all of this does nothing.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ import time
 from collections.abc import Callable
 from typing import Final, Literal
 
+from checkpoint.points import VARIABLE
+
 Outcome = Literal["unwatched", "continued", "restored"]
 
-_VARIABLE: Final = "WEIGHTFS_SNAPSHOT_POINT"
 _LOOK_S: Final = 0.002
 _before: list[Callable[[], object]] = []
 _after: list[Callable[[], object]] = []
+_passed: set[str] = set()
+"""Folders at whose point this process, or the one it is a restore of, has waited already: nobody watches them twice."""
 
 
 def on_snapshot(callback: Callable[[], object]) -> Callable[[], object]:
@@ -52,14 +55,15 @@ def snapshot_point(name: str = "warm") -> Outcome:
         name: of the point, for logs.
 
     Returns:
-        `unwatched` at once where nobody makes a snapshot; `continued` in the process that was snapshotted and goes
-        on; `restored` in a process that a restore made, after the callbacks of `on_restore`.
+        `unwatched` at once where nobody makes a snapshot, or one was made at an earlier point; `continued` in the
+        process that was snapshotted and goes on; `restored` in a process that a restore made, after the callbacks of
+        `on_restore`.
 
     Raises:
         Exception: what a callback raises.
     """
-    folder = os.environ.get(_VARIABLE)
-    if not folder or not os.path.isdir(folder):
+    folder = os.environ.get(VARIABLE)
+    if not folder or not os.path.isdir(folder) or folder in _passed:
         return "unwatched"
     for callback in reversed(_before):
         callback()
@@ -72,6 +76,7 @@ def snapshot_point(name: str = "warm") -> Outcome:
         if not os.path.isdir(folder):  # whoever watched gave up just now
             return "unwatched"
         time.sleep(_LOOK_S)
+    _passed.add(folder)
     if go[1] != "restored":
         return "continued"
     for callback in _after:

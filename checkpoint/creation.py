@@ -236,10 +236,8 @@ def undo(entry: Entry, tools: Tools) -> None:
         users = [(pid, start_ticks(pid) or 0) for pid in points.users(entry.point)]
         control.end_all([*entry.tree, *users])
         shutil.rmtree(entry.point, ignore_errors=True)
-        return
-    control.resume(entry.tree)
-    if tools.cuda is not None and entry.cuda:
-        tools.cuda.settle({pid: State(number) for pid, number in entry.cuda.items()})
+    else:
+        _go_on(entry, tools)
 
 
 def finish(entry: Entry, tools: Tools) -> None:
@@ -254,11 +252,15 @@ def finish(entry: Entry, tools: Tools) -> None:
         if entry.point:
             shutil.rmtree(entry.point, ignore_errors=True)
         return
+    _go_on(entry, tools)
+    if entry.point:
+        points.dismiss(entry.point)
+
+
+def _go_on(entry: Entry, tools: Tools) -> None:
     control.resume(entry.tree)
     if tools.cuda is not None and entry.cuda:
         tools.cuda.settle({pid: State(number) for pid, number in entry.cuda.items()})
-    if entry.point:
-        points.dismiss(entry.point)
 
 
 def _restored_with(dumped: criu_command.DumpOptions, root: int) -> criu_command.RestoreOptions:

@@ -1,0 +1,73 @@
+"""The point at which a process says that it is warm, from inside the process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from checkpoint import client, points
+from checkpoint.client import on_restore, on_snapshot, snapshot_point
+from tests.helpers.mounting import wait_until
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name in ("_before", "_after"):
+        monkeypatch.setattr(client, name, [])
+    monkeypatch.setattr(client, "_passed", set())
+    monkeypatch.setattr(points, "FOLDER", str(tmp_path))
+    made = points.make()
+    monkeypatch.setenv(points.VARIABLE, made)
+    return made
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as executor:
+        yield executor
+
+
+def test_nobody_watches(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(points.VARIABLE)
+    assert snapshot_point() == "unwatched"
+    monkeypatch.setenv(points.VARIABLE, f"{folder}/gone")
+    assert snapshot_point() == "unwatched"
+
+
+@pytest.mark.parametrize("state", ["continued", "restored"])
+def test_it_waits_until_it_is_let_go(folder: str, pool: ThreadPoolExecutor, state: str) -> None:
+    called: list[str] = []
+    on_snapshot(lambda: called.append("first registered"))
+    on_snapshot(lambda: called.append("last registered"))
+    on_restore(lambda: called.append("after"))
+    waits = pool.submit(snapshot_point, "warm")
+    wait_until(lambda: points.reached(folder), "it says that it is warm")
+    assert points.reached(folder) == "warm"
+    assert not waits.done()
+    points.let_go(folder, state)
+    assert waits.result(10) == state
+    assert called == ["last registered", "first registered"] + ["after"] * (state == "restored")
+
+
+def test_a_later_point_is_passed(folder: str, pool: ThreadPoolExecutor) -> None:
+    """Nobody would let it go."""
+    waits = pool.submit(snapshot_point)
+    wait_until(lambda: points.reached(folder), "it says that it is warm")
+    points.let_go(folder, "continued")
+    waits.result(10)
+    later: list[str] = []
+    thread = threading.Thread(target=lambda: later.append(snapshot_point("another")), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert later == ["unwatched"]
+
+
+def test_who_watched_gives_up(folder: str, pool: ThreadPoolExecutor) -> None:
+    waits = pool.submit(snapshot_point)
+    wait_until(lambda: points.reached(folder), "it says that it is warm")
+    points.dismiss(folder)
+    assert waits.result(10) == "continued"
