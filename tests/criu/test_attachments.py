@@ -34,13 +34,6 @@ while True:
 """
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> str:
-    folder = tmp_path / "images"
-    folder.mkdir(mode=0o700)
-    return str(folder)
-
-
 @contextmanager
 def opened(path: Path, flags: int = os.O_APPEND) -> Iterator[int]:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | flags)

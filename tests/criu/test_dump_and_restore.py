@@ -27,13 +27,6 @@ while True:
 """
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> str:
-    folder = tmp_path / "images"
-    folder.mkdir(mode=0o700)
-    return str(folder)
-
-
 def test_goes_on_where_it_was(tmp_path: Path, images: str) -> None:
     with target(COUNTER, tmp_path) as counter:
         first = counter.said()

@@ -62,13 +62,6 @@ def run_criu(command: str, images: str, *options: str) -> None:
     assert done.returncode == 0, log.read_text()[-3000:] if log.exists() else done.stderr
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> str:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    return str(folder)
-
-
 @needs_criu
 @both_engines
 @pytest.mark.parametrize("event", ["nothing", "killed", "replaced beside", "chmod"])

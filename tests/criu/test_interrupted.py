@@ -28,13 +28,6 @@ while True:
 """
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> str:
-    folder = tmp_path / "images"
-    folder.mkdir(mode=0o700)
-    return str(folder)
-
-
 def criu_of(images: str) -> int | None:
     """The CRIU that works on these images."""
     for name in os.listdir("/proc"):

@@ -30,13 +30,6 @@ wait()
 CALL = "import ctypes; libc = ctypes.CDLL(None, use_errno=True)\n"
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> str:
-    folder = tmp_path / "images"
-    folder.mkdir(mode=0o700)
-    return str(folder)
-
-
 def examined(one: Target, **options: object) -> list[Finding]:
     return examine(tree_of(one.pid), criu=the_criu(), **options)  # type: ignore[arg-type]
 
