@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +14,9 @@ import pytest
 
 from tests.helpers.models import write
 from tests.helpers.mounting import Mounter, both_engines, wait_until
+from tests.helpers.targets import CRIU, needs_criu
 
 DATA = random.Random(11).randbytes(3_000_000)
-BUNDLED = "/opt/weightfs/criu/usr/sbin/criu"
 
 READER = """
 import mmap, os, signal, sys, time
@@ -35,24 +33,10 @@ while True:
 """
 
 
-def criu() -> str | None:
-    program = shutil.which("criu") or (BUNDLED if os.path.exists(BUNDLED) else None)
-    if program is None:
-        return None
-    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"Version: (\d+)\.(\d+)", said)
-    works = subprocess.run([program, "check"], capture_output=True, check=False).returncode == 0
-    return program if found and (int(found[1]), int(found[2])) >= (4, 1) and works else None
-
-
-CRIU = criu()
-needs_criu = pytest.mark.skipif(CRIU is None, reason="this machine lacks CRIU 4.1 or later that works")
-
-
 def run_criu(command: str, images: str, *options: str) -> None:
     assert CRIU is not None
     done = subprocess.run(
-        [CRIU, command, "-D", images, "--shell-job", "--libdir", images, "-o", "log", *options],
+        [CRIU.path, command, "-D", images, "--shell-job", "--libdir", images, "-o", "log", *options],
         capture_output=True,
         text=True,
         timeout=60,
