@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from tests.helpers.mounting import Mounter, detach, mounts_below
+
+
+def pytest_configure() -> None:
+    """A shell's job in the background ignores SIGINT, and so would Python, and whatever a test starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
