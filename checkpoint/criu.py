@@ -14,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -31,7 +31,7 @@ from checkpoint.criu_command import (
 )
 from checkpoint.criu_log import Command, PidTakenError, explain
 from checkpoint.errors import MisfitError, RetryError, TargetError
-from checkpoint.processes import process, start_ticks, tree_of
+from checkpoint.processes import family, process, start_ticks
 
 __all__ = [
     "BUNDLED",
@@ -58,6 +58,7 @@ _INSTALL: Final = "tools/install-criu"
 _ANSWER_S: Final = 20.0
 _ENDING_S: Final = 10.0
 _LOOK_S: Final = 0.02
+_CHECK_S: Final = 0.05
 
 
 def find_criu(candidate: str | None = None, *, check: bool = True) -> Criu:
@@ -172,7 +173,15 @@ def dump(criu: Criu, pid: int, images: str, options: DumpOptions, timeout_s: flo
         _run("dump", dump_argv(criu, pid, images, options, work=folder), folder, timeout_s)
 
 
-def restore(criu: Criu, images: str, options: RestoreOptions, timeout_s: float, *, work: str | None = None) -> int:
+def restore(
+    criu: Criu,
+    images: str,
+    options: RestoreOptions,
+    timeout_s: float,
+    *,
+    work: str | None = None,
+    check: Callable[[], None] | None = None,
+) -> int:
     """Bring back the tree in the folder `images`; gives the pid of its root, which runs (or is stopped, if asked for).
 
     When it fails, nothing of the tree is left.
@@ -183,6 +192,7 @@ def restore(criu: Criu, images: str, options: RestoreOptions, timeout_s: float, 
         options: see `restore_options_of`.
         timeout_s: for all of it.
         work: an existing folder for `restore.log` and `stats-restore`; without, they are not kept.
+        check: called many times while CRIU works; when it raises, CRIU waits in vain and is ended.
 
     Raises:
         CriuError: CRIU failed: why, and what to do.
@@ -191,20 +201,27 @@ def restore(criu: Criu, images: str, options: RestoreOptions, timeout_s: float, 
     ends = time.monotonic() + timeout_s
     while True:
         try:
-            return _restore(criu, images, options, ends - time.monotonic(), work)
+            return _restore(criu, images, options, ends - time.monotonic(), work, check)
         except PidTakenError as e:
             # Init, or whoever started it, may be slow to wait for a process that was dumped.
             if not _is_waited_for(e.pid, min(ends, time.monotonic() + _ENDING_S)):
                 raise
 
 
-def _restore(criu: Criu, images: str, options: RestoreOptions, timeout_s: float, work: str | None) -> int:
+def _restore(
+    criu: Criu,
+    images: str,
+    options: RestoreOptions,
+    timeout_s: float,
+    work: str | None,
+    check: Callable[[], None] | None,
+) -> int:
     with _work_folder(work) as folder:
         pid_file = os.path.join(folder, PID_FILE)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(pid_file)
         inherited = [fd for fd, _ in options.inherit]
-        _run("restore", restore_argv(criu, images, options, work=folder), folder, timeout_s, inherited)
+        _run("restore", restore_argv(criu, images, options, work=folder), folder, timeout_s, inherited, check)
         with open(pid_file) as file:
             return int(file.read())
 
@@ -230,11 +247,18 @@ def _work_folder(work: str | None) -> Iterator[str]:
             yield folder
 
 
-def _run(command: Command, argv: list[str], work: str, timeout_s: float, inherited: Sequence[int] = ()) -> None:
+def _run(
+    command: Command,
+    argv: list[str],
+    work: str,
+    timeout_s: float,
+    inherited: Sequence[int] = (),
+    check: Callable[[], None] | None = None,
+) -> None:
     """Run CRIU to its end, or end it.
 
     Raises:
-        CheckpointError: as the log has it.
+        CheckpointError: as the log has it, or as `check` raises it.
     """
     criu = subprocess.Popen(
         argv,
@@ -247,7 +271,7 @@ def _run(command: Command, argv: list[str], work: str, timeout_s: float, inherit
         umask=0o077,  # the images hold all that is in memory
     )
     try:
-        _, said = criu.communicate(timeout=timeout_s)
+        said = _said(criu, timeout_s, check)
     except subprocess.TimeoutExpired:
         _end(criu, command)
         raise RetryError(
@@ -260,17 +284,30 @@ def _run(command: Command, argv: list[str], work: str, timeout_s: float, inherit
         raise explain(_log(os.path.join(work, log_name(command)), said), command)
 
 
+def _said(criu: subprocess.Popen[bytes], timeout_s: float, check: Callable[[], None] | None) -> bytes:
+    """What it wrote to stderr until it ended."""
+    ends = time.monotonic() + timeout_s
+    while True:
+        left = ends - time.monotonic()
+        try:
+            return criu.communicate(timeout=left if check is None else min(left, _CHECK_S))[1]
+        except subprocess.TimeoutExpired:
+            if check is None or time.monotonic() >= ends:
+                raise
+            check()
+
+
 def _end(criu: subprocess.Popen[bytes], command: Command) -> None:
     """End CRIU, and what it has restored so far, which nobody else knows of.
 
     Of a dump nothing is left to undo: the code CRIU runs in the target gives up when its socket closes.
     """
     criu.send_signal(signal.SIGSTOP)
-    restored = tree_of(criu.pid)[1:] if command == "restore" else ()
+    restored = family(criu.pid)[1:] if command == "restore" else ()
     criu.kill()
-    for one in restored:
+    for pid, _ in restored:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(one.pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
     criu.wait(_ENDING_S)
     if criu.stderr is not None:
         criu.stderr.close()

@@ -118,9 +118,16 @@ class PageServer:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(self._work, SOCKET))
 
-    def has_failed(self) -> bool:
-        """Whether memory could not be filled in: CRIU then waits in vain, and is to be ended."""
-        return self._failure is not None
+    def check(self) -> None:
+        """Raise, as `finish` does, what keeps memory from being filled in: CRIU then waits in vain, and is to be ended.
+
+        Raises:
+            CheckpointError: see `finish`.
+        """
+        if isinstance(self._failure, CheckpointError):
+            raise self._failure
+        if self._failure is not None:
+            raise CheckpointError(f"the page server failed: {self._failure}") from self._failure
 
     def finish(self, timeout_s: float) -> Filled:
         """Wait until all is filled in, once CRIU has restored; from then on the processes need this server no more.
@@ -133,10 +140,7 @@ class PageServer:
         """
         with self._state:
             done = self._state.wait_for(lambda: self._failure is not None or self._seconds is not None, timeout_s)
-            if isinstance(self._failure, CheckpointError):
-                raise self._failure
-            if self._failure is not None:
-                raise CheckpointError(f"the page server failed: {self._failure}") from self._failure
+            self.check()
             if not done or self._seconds is None:
                 raise RetryError(f"memory was not filled in within {timeout_s:g} s", mend="give it more time")
         for filling in self._fillings:

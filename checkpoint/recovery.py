@@ -12,7 +12,7 @@ from typing import Final
 from checkpoint import control, creation, journal
 from checkpoint.errors import CheckpointError
 from checkpoint.journal import Entry
-from checkpoint.processes import process, start_ticks, tree_of
+from checkpoint.processes import family, process, start_ticks
 from checkpoint.store import Store
 from checkpoint.tools import Tools
 
@@ -69,15 +69,21 @@ def _restore(entry: Entry) -> str:
     if entry.step == "restoring":
         for pid in _criu_at(entry.images):
             os.kill(pid, signal.SIGSTOP)
-            restored = control.tree(tree_of(pid)[1:])
+            restored = family(pid)[1:]
             os.kill(pid, signal.SIGKILL)
             control.end(restored)
         since = start_ticks(entry.root)
-        if since is not None and since >= entry.since_ticks and process(entry.root).cmdline == tuple(entry.command):
-            control.end(control.tree(tree_of(entry.root)))
-    elif entry.step in ("letting go", "ready"):
+        if since is not None and since >= entry.since_ticks and _may_be(entry):
+            control.end(family(entry.root))
+    elif entry.step in ("filling", "letting go", "ready"):
         control.end(entry.tree)
     return "undone"
+
+
+def _may_be(entry: Entry) -> bool:
+    """Whether the process that has the root's pid is the one restored; its arguments may not have been filled in."""
+    found = process(entry.root).cmdline
+    return found == tuple(entry.command) or not any(found)
 
 
 def _wait_for_criu(images: str) -> None:

@@ -3,10 +3,12 @@
     step            undone by
     begun           nothing
     restoring       CRIU is ended, with what it has restored so far
+    filling         every process of the tree is ended
     letting go      every process of the tree is ended
     ready           as above, until the process answers
 
-The tree is restored stopped; every weight file is looked at once more before it runs.
+The tree is restored stopped, and its memory filled in by a page server while CRIU goes on (see
+`checkpoint.pageserver`); once all of it is there, every weight file is looked at once more, and the tree runs.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from checkpoint import control, criu, in_use, points, processes, readiness, stdio
+from checkpoint import control, criu, in_use, points, processes, readiness, stdio, userfaultfd
 from checkpoint.creation import options_kept
 from checkpoint.digests import Identity
 from checkpoint.errors import RetryError
@@ -26,6 +28,7 @@ from checkpoint.fingerprint import Difference, compare, require_fit
 from checkpoint.journal import Entry, Journal
 from checkpoint.machine import fingerprint_here
 from checkpoint.manifest import Manifest
+from checkpoint.pageserver import Filled, PageServer
 from checkpoint.phases import Phases
 from checkpoint.processes import start_ticks
 from checkpoint.readiness import Readiness
@@ -45,6 +48,7 @@ class RestoreOptions:
         attached: the process is this one's child, and has its stdio.
         command: what it must have been; empty where that does not matter.
         verify: whether the images' digests are compared.
+        plain: CRIU reads memory back itself, with one thread.
     """
 
     ready: Readiness | None = None
@@ -53,6 +57,7 @@ class RestoreOptions:
     attached: bool = False
     command: Sequence[str] = ()
     verify: bool = True
+    plain: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +71,7 @@ class Restored:
         bytes_read: of images.
         differences: between the machines, none of which matters.
         warnings: a line each.
+        filled: what the page server filled in; None where CRIU read it back.
     """
 
     manifest: Manifest
@@ -74,6 +80,7 @@ class Restored:
     bytes_read: int
     differences: list[Difference]
     warnings: list[str]
+    filled: Filled | None
 
 
 def differences(manifest: Manifest, tools: Tools, command: Sequence[str] = ()) -> list[Difference]:
@@ -118,10 +125,8 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
             since_ticks=int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")),
         )
         with Journal(entry) as journal:
-            journal.at("restoring")
-            pid = _memory_filled(snapshot, tools, options, phases)
-            tree = processes.tree_of(pid)
-            journal.at("letting go", tree=control.tree(tree), root=pid)
+            pid, filled, warnings = _restored(snapshot, tools, options, phases, journal)
+            journal.at("letting go", tree=processes.family(pid), root=pid)
             try:
                 _let_go(manifest, journal.entry.tree, weights, tools, phases)
                 if options.ready is not None:
@@ -138,7 +143,8 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
         seconds=phases.seconds,
         bytes_read=manifest.bytes_logical,
         differences=found,
-        warnings=_counted(manifest, tools),
+        warnings=[*warnings, *_counted(manifest, tools)],
+        filled=filled,
     )
 
 
@@ -151,21 +157,50 @@ def _require_free(manifest: Manifest) -> None:
             )
 
 
-def _memory_filled(snapshot: Snapshot, tools: Tools, options: RestoreOptions, phases: Phases) -> int:
+def _restored(
+    snapshot: Snapshot, tools: Tools, options: RestoreOptions, phases: Phases, journal: Journal
+) -> tuple[int, Filled | None, list[str]]:
+    """The pid of the root, whose tree is stopped with all its memory in place; what was filled in; and warnings."""
     manifest = snapshot.manifest
     replaced = [(fd, resource, path) for fd, resource, path in manifest.replaced]
     default = os.path.join(stdio.LOGS, f"{manifest.name}.log")
+    obstacle = None if options.plain else userfaultfd.reason_against()
     with contextlib.ExitStack() as held:
         work = held.enter_context(tempfile.TemporaryDirectory(prefix="weightfs-restore-"))
         if options.attached:
             inherit = stdio.callers(replaced)
         else:
             inherit = held.enter_context(stdio.opened(replaced, options.log, default))
+        server = None
+        if not options.plain and obstacle is None:
+            server = held.enter_context(PageServer(snapshot.images, work))
         wanted = replace(
-            options_kept(manifest.criu_options), leave_stopped=True, inherit=inherit, sibling=options.attached
+            options_kept(manifest.criu_options),
+            leave_stopped=True,
+            inherit=inherit,
+            sibling=options.attached,
+            lazy_pages=server is not None,
         )
-        with phases.phase("criu restore"):
-            return criu.restore(tools.criu, snapshot.images, wanted, options.timeout_s, work=work)
+        journal.at("restoring")
+        try:
+            with phases.phase("criu restore"):
+                check = server.check if server is not None else None
+                pid = criu.restore(tools.criu, snapshot.images, wanted, options.timeout_s, work=work, check=check)
+            journal.at("filling", tree=processes.family(pid), root=pid)
+            if server is None:
+                return pid, None, [f"CRIU alone read memory back: {obstacle}"] if obstacle else []
+            with phases.phase("memory"):
+                return pid, server.finish(options.timeout_s), []
+        except BaseException:
+            # Before the page server goes, which lets memory that is missing read as zeros.
+            control.end(journal.entry.tree or _left_by_criu(journal.entry))
+            raise
+
+
+def _left_by_criu(entry: Entry) -> list[tuple[int, int]]:
+    """What a CRIU that failed or was ended has left: a root that is this process's child, and so not in CRIU's tree."""
+    family = processes.family(entry.root) if entry.root in processes.children_of(os.getpid()) else []
+    return family if family and family[0][1] >= entry.since_ticks else []
 
 
 def _let_go(

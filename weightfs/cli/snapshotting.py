@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -90,6 +91,7 @@ def restore(
     timeout: Annotated[float, typer.Option(help="Seconds for CRIU, and again until it answers.")] = 120.0,
     log: Log = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare the images' digests.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="No page server: CRIU reads memory back itself.")] = False,
     store: StoreFolder = DEFAULT_STORE,
     key_file: KeyFile = None,
     key_env: KeyEnv = None,
@@ -108,7 +110,11 @@ def restore(
         from checkpoint.store import Store
 
         options = restoration.RestoreOptions(
-            ready=Readiness(url=wait_url) if wait_url else None, timeout_s=timeout, log=log, verify=not no_verify
+            ready=Readiness(url=wait_url) if wait_url else None,
+            timeout_s=timeout,
+            log=log,
+            verify=not no_verify,
+            plain=plain,
         )
         with tools() as found:
             back = restoration.restore(name, Store(store), found, options)
@@ -228,6 +234,7 @@ def _say_restored(back: Restored, *, as_json: bool) -> None:
             "pid": back.pid,
             "phases": back.seconds,
             "bytes": {"logical": back.manifest.bytes_logical, "read": back.bytes_read},
+            "memory": asdict(back.filled) if back.filled is not None else None,
             "warnings": back.warnings,
         }
         emit(document)
