@@ -7,11 +7,14 @@ a pipe may be given for a file or a pipe, a terminal for a terminal, a Unix sock
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+from checkpoint.errors import CheckpointError
 from checkpoint.processes import Descriptor, Process
 from checkpoint.sockets import Socket
 
@@ -107,9 +110,9 @@ def _attachment(process: Process, one: Descriptor, sockets: Mapping[int, Socket]
         resource = external = f"tty[{one.rdev:x}:{one.device:x}]"
         kind = "tty"
     elif one.kind == "socket":
-        socket = sockets.get(one.inode)
+        end = sockets.get(one.inode)
         # A datagram socket is connected anew by its peer's name, which `--ext-unix-sk` allows.
-        if socket is None or socket.type not in ("stream", "seqpacket") or not socket.peer or socket.peer in sockets:
+        if end is None or end.type not in ("stream", "seqpacket") or not end.peer or end.peer in sockets:
             return None
         resource, external, kind = f"socket:[{one.inode}]", f"unix[{one.inode}]", "socket"
     elif is_unseen(process, one):
@@ -135,3 +138,48 @@ def is_unseen(process: Process, one: Descriptor) -> bool:
     if one.kind in ("pipe", "socket", "anon", "memfd") or not process.mounts or not one.mount_id:
         return False
     return one.mount_id not in process.mounts
+
+
+@contextlib.contextmanager
+def stand_ins(attachments: Iterable[Attachment]) -> Iterator[tuple[tuple[int, str], ...]]:
+    """Descriptors for what a restore needs and nobody has anything better for: what it was connected to has gone away.
+
+    A pipe that was read from ends, one that was written to swallows; a Unix connection is closed at the other end; a
+    file is opened anew by its name. A terminal gets none.
+
+    Args:
+        attachments: those that need one and have none yet.
+
+    Yields:
+        Pairs for `RestoreOptions.inherit`; the descriptors are closed afterwards.
+
+    Raises:
+        CheckpointError: a file is not there any more.
+    """
+    with contextlib.ExitStack() as held:
+        pairs = []
+        for one in attachments:
+            if one.kind == "tty":
+                continue
+            fd = _closed_connection() if one.kind == "socket" else _nothing(one)
+            held.callback(os.close, fd)
+            pairs.append((fd, one.resource))
+        yield tuple(pairs)
+
+
+def _closed_connection() -> int:
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    return ours.detach()
+
+
+def _nothing(one: Attachment) -> int:
+    flags = os.O_RDWR if one.can_read and one.can_write else os.O_WRONLY if one.can_write else os.O_RDONLY
+    if one.kind == "pipe":
+        return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return os.open(one.path, flags | os.O_CLOEXEC)
+    except OSError as e:
+        raise CheckpointError(
+            f"the process had it open, and it can't be opened now: {os.strerror(e.errno or 0)}", path=one.path
+        ) from e

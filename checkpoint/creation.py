@@ -15,6 +15,7 @@ CRIU leaves the tree stopped, so that it can still go on when the snapshot can't
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,10 +25,12 @@ import msgspec
 
 from checkpoint import control, criu, criu_command, in_use, points, processes, stdio
 from checkpoint.errors import CorruptError, CudaError, RetryError, TargetError
+from checkpoint.findings import Finding
 from checkpoint.journal import Entry, Journal
 from checkpoint.machine import fingerprint_here
 from checkpoint.manifest import Manifest
 from checkpoint.phases import Phases
+from checkpoint.preflight import examine
 from checkpoint.processes import Process
 from checkpoint.states import State
 from checkpoint.store import Draft, Snapshot, Store
@@ -44,12 +47,15 @@ class CreateOptions:
         replace: a snapshot of that name makes way.
         timeout_s: for the GPU to come to rest, and again for CRIU.
         point: the folder through which the process speaks with us, None where it does not.
+        command: what it was started with, where that is known: a script's interpreter, or a title, is in its own
+            command line.
     """
 
     leave_running: bool = False
     replace: bool = False
     timeout_s: float = 120.0
     point: str | None = None
+    command: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,11 +66,13 @@ class Created:
         snapshot: as it is in the store.
         pid: of the root.
         seconds: by phase.
+        findings: what the snapshot changes for the process, none of it fatal.
     """
 
     snapshot: Snapshot
     pid: int
     seconds: dict[str, float]
+    findings: list[Finding]
 
 
 def create(name: str, pid: int, store: Store, tools: Tools, options: CreateOptions) -> Created:
@@ -110,6 +118,7 @@ def _create(
     tree: Sequence[Process], draft: Draft, tools: Tools, options: CreateOptions, phases: Phases, journal: Journal
 ) -> Created:
     entry = journal.entry
+    gpu_bytes = tools.cuda.used_bytes(list(entry.cuda)) if tools.cuda is not None and entry.cuda else {}
     with phases.phase("weights"):
         seen = in_use.mounts_seen(entry.root)
         paths = in_use.weight_files(tree, (one.mountpoint for one in seen))
@@ -119,10 +128,23 @@ def _create(
             cache=tools.cache,
             root=f"/proc/{entry.root}/root",
         )
+    found = examine(
+        tree,
+        criu=tools.criu,
+        weights_roots=[one.mountpoint for one in seen],
+        store=os.path.dirname(draft.folder),
+        gpu_bytes=sum(gpu_bytes.values()),
+    )
+    if fatal := [one for one in found if one.fatal]:
+        more = f" (and {len(fatal) - 1} more)" if len(fatal) > 1 else ""
+        raise TargetError(
+            f"process {fatal[0].pid} can't be snapshotted: {fatal[0].what}: {fatal[0].why}{more}",
+            mend=fatal[0].mend,
+            findings=[one.document() for one in found],
+        )
     mount = next((one for one in seen if any(each.mountpoint == one.mountpoint for each in weights.weights)), None)
     dumped = criu_command.options_for(tree)
     replaced = stdio.resources(tree)
-    gpu_bytes = tools.cuda.used_bytes(list(entry.cuda)) if tools.cuda is not None and entry.cuda else {}
     try:
         if tools.cuda is not None and entry.cuda:
             journal.at("locking")
@@ -153,7 +175,7 @@ def _create(
                 fingerprint=fingerprint_here(
                     criu=tools.criu,
                     mountpoint=mount.mountpoint if mount else None,
-                    command=entry.command,
+                    command=options.command or entry.command,
                     root=f"/proc/{entry.root}/root",
                 ),
                 weights=list(weights.weights),
@@ -172,7 +194,7 @@ def _create(
     journal.at("finishing")
     with phases.phase("finish"):
         finish(entry, tools, options.point)
-    return Created(snapshot=snapshot, pid=entry.root, seconds=phases.seconds)
+    return Created(snapshot=snapshot, pid=entry.root, seconds=phases.seconds, findings=found)
 
 
 def undo(entry: Entry, tools: Tools) -> None:

@@ -31,7 +31,7 @@ from checkpoint.criu_command import (
 )
 from checkpoint.criu_log import Command, PidTakenError, explain
 from checkpoint.errors import MisfitError, RetryError, TargetError
-from checkpoint.processes import family, process, start_ticks
+from checkpoint.processes import children_of, family, process, start_ticks
 
 __all__ = [
     "BUNDLED",
@@ -57,6 +57,7 @@ _PLUGINS: Final = "/run/weightfs/no-criu-plugins"
 _INSTALL: Final = "tools/install-criu"
 _ANSWER_S: Final = 20.0
 _ENDING_S: Final = 10.0
+_FORKED: Final = re.compile(r"Forking task with (\d+) pid")
 _LOOK_S: Final = 0.02
 _CHECK_S: Final = 0.05
 
@@ -221,9 +222,24 @@ def _restore(
         with contextlib.suppress(FileNotFoundError):
             os.unlink(pid_file)
         inherited = [fd for fd, _ in options.inherit]
-        _run("restore", restore_argv(criu, images, options, work=folder), folder, timeout_s, inherited, check)
+        begun = int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+        try:
+            _run("restore", restore_argv(criu, images, options, work=folder), folder, timeout_s, inherited, check)
+        except BaseException:
+            _end_restored(pid_file, begun)
+            raise
         with open(pid_file) as file:
             return int(file.read())
+
+
+def _end_restored(pid_file: str, begun: int) -> None:
+    """End what a CRIU has restored that had ended by itself when it was given up."""
+    with contextlib.suppress(OSError, ValueError):
+        with open(pid_file) as file:
+            root = int(file.read())
+        for pid, since in family(root):
+            if since >= begun:  # in clock ticks since boot: it is not another process that has the pid by now
+                os.kill(pid, signal.SIGKILL)
 
 
 def _is_waited_for(pid: int, until: float) -> bool:
@@ -273,12 +289,12 @@ def _run(
     try:
         said = _said(criu, timeout_s, check)
     except subprocess.TimeoutExpired:
-        _end(criu, command)
-        raise RetryError(
-            f"CRIU did not {command} the process within {timeout_s:g} s", mend="give it more time"
-        ) from None
+        if _end(criu, work):
+            mend = "give it more time"
+            raise RetryError(f"CRIU did not {command} the process within {timeout_s:g} s", mend=mend) from None
+        said = b""
     except BaseException:
-        _end(criu, command)
+        _end(criu, work)
         raise
     if criu.returncode:
         raise explain(_log(os.path.join(work, log_name(command)), said), command)
@@ -297,20 +313,33 @@ def _said(criu: subprocess.Popen[bytes], timeout_s: float, check: Callable[[], N
             check()
 
 
-def _end(criu: subprocess.Popen[bytes], command: Command) -> None:
-    """End CRIU, and what it has restored so far, which nobody else knows of.
+def _end(criu: subprocess.Popen[bytes], work: str) -> bool:
+    """End CRIU with its helpers, and what it has restored so far, which nobody else knows of.
 
     Of a dump nothing is left to undo: the code CRIU runs in the target gives up when its socket closes.
+
+    Returns:
+        False where it had ended by itself just now: then its status counts.
     """
     criu.send_signal(signal.SIGSTOP)
-    restored = family(criu.pid)[1:] if command == "restore" else ()
+    if criu.poll() is not None:
+        return False
+    begun = [*family(criu.pid)[1:], *_siblings(work)]
     criu.kill()
-    for pid, _ in restored:
+    for pid, _ in begun:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     criu.wait(_ENDING_S)
     if criu.stderr is not None:
         criu.stderr.close()
+    return True
+
+
+def _siblings(work: str) -> Iterator[tuple[int, int]]:
+    """What a restore has made that is not its own child but this process's (`--restore-sibling`)."""
+    for pid in _FORKED.findall(_log(os.path.join(work, log_name("restore")), b"")):
+        if int(pid) in children_of(os.getpid()):
+            yield from family(int(pid))
 
 
 def _log(path: str, said: bytes) -> str:

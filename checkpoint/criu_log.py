@@ -19,6 +19,7 @@ Kind = Literal["target", "failed", "misfit", "corrupt", "retry", "pid"]
 _ERROR: Final = re.compile(r"Error \([^)]*\): (?P<text>.*)")
 _HARMLESS: Final = re.compile(r"rlimit: Can't setup RLIMIT_NOFILE|Will be killed")
 _SOCKET: Final = re.compile(r"inet: \s*Restore: .*\bport (?P<port>\d+) .*\bsrc_addr (?P<address>\S+)")
+_FILE: Final = re.compile(r"Dumping path for -?\d+ fd via self \d+ \[(.+)\]")
 _BUSY_FD: Final = re.compile(r"Unable to open fd=(?P<fd>\d+) id=")
 _DUMPED_PID: Final = re.compile(r"Dump (?:files|mappings) \(pid: (?P<pid>\d+)\) failed|Collect mappings \(pid: (\d+)\)")
 _RESTORED_PID: Final = re.compile(r"^\([\d.]+\)\s+(?P<pid>\d+): Error ")
@@ -48,16 +49,18 @@ class Rule:
             machine is not like that of the dump, `corrupt` the images or files are not what they were, `retry`, `pid`.
         message: what went wrong; `{fd}` and `{pid}` are known from the lines around it where the sentence has none.
         mend: what to do.
+        is_first: it means that only as the first complaint; later ones follow from what went before.
     """
 
     pattern: re.Pattern[str]
     kind: Kind
     message: str
     mend: str | None = None
+    is_first: bool = False
 
 
-def _rule(pattern: str, kind: Kind, message: str, mend: str | None = None) -> Rule:
-    return Rule(re.compile(pattern), kind, message, mend)
+def _rule(pattern: str, kind: Kind, message: str, mend: str | None = None, *, is_first: bool = False) -> Rule:
+    return Rule(re.compile(pattern), kind, message, mend, is_first)
 
 
 _BACK: Final = "bring it back as it was, or take a new snapshot"
@@ -93,6 +96,12 @@ DUMP_RULES: Final = (
         "target",
         "process {pid} uses a file whose name is gone, and its folder can't be written to",
         "start the program anew, so that it uses files that are there",
+    ),
+    _rule(
+        r"Unaccessible path opened \S+, need \S+",
+        "target",
+        "process {pid} uses {file}, and another file is found under that name, which replaced it or hides it",
+        "umount what hides it, or start the program anew",
     ),
     _rule(
         r"Can't lookup mount=(?P<mount>-?\d+) for fd=(?P<fd>-?\d+) path=(?P<path>.+)",
@@ -190,6 +199,7 @@ DUMP_RULES: Final = (
         "target",
         "process {pid} is traced by a debugger, or has ended",
         "detach the debugger (strace, gdb)",
+        is_first=True,
     ),
     _rule(
         r"ptrace_\w+ failed|Can't seize|Can't freeze|Timeout reached",
@@ -303,11 +313,13 @@ def explain(log: str, command: Command) -> CheckpointError:
     lines = log.splitlines()
     tail = "\n".join(lines[-_TAIL_LINES:])
     rules = DUMP_RULES if command == "dump" else RESTORE_RULES
-    for number, line in _complaints(lines):
+    complaints = list(_complaints(lines))
+    for number, line in complaints:
         for rule in rules:
-            if found := rule.pattern.search(line):
+            found = rule.pattern.search(line)
+            if found and not (rule.is_first and number != complaints[0][0]):
                 return _error(rule, found, _Context(lines, number), tail)
-    said = next((_ERROR.search(line) for _, line in _complaints(lines)), None)
+    said = next((_ERROR.search(line) for _, line in complaints), None)
     message = f"CRIU could not {command} the process" + (f": {said['text'].strip()}" if said else "")
     return CriuError(message, log=tail)
 
@@ -345,6 +357,10 @@ class _Context:
                 return "mapped"
         return "open"
 
+    def file(self) -> str:
+        """The last file that was looked at."""
+        return self._before(_FILE) or "a file"
+
     def address(self) -> str:
         """Of the socket that was being restored."""
         for line in reversed(self.lines[: self.number]):
@@ -367,6 +383,7 @@ def _error(rule: Rule, found: re.Match[str], context: _Context, tail: str) -> Ch
     known: dict[str, Callable[[], str]] = {
         "pid": context.pid,
         "use": context.use,
+        "file": context.file,
         "address": context.address,
     }
     for name, value in known.items():

@@ -35,16 +35,14 @@ class HelperLostError(CudaError):
 class Helper:
     """The client's end of the helper process. For one thread at a time.
 
+    It is started at once, and opens the driver while its client does something else: the first request waits for that.
+
     Args:
         module: the one whose `open_driver()` it calls.
-        timeout_s: how long that may take.
-
-    Raises:
-        CudaError: the driver can't be opened; says why and what to do.
-        HelperLostError: it ended, or opening took too long.
+        open_s: how long that may take.
     """
 
-    def __init__(self, module: str, timeout_s: float) -> None:
+    def __init__(self, module: str, open_s: float) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             environment = {name: value for name, value in os.environ.items() if name not in _HIDING}
@@ -60,11 +58,23 @@ class Helper:
         self._rest = b""
         self._serial = 0
         self._decoder = msgspec.json.Decoder(Answer)
-        try:
-            self.version = self._answer(timeout_s, "opening the driver").text
-        except CudaError:
-            self.close()
-            raise
+        self._open_by = time.monotonic() + open_s
+        self._version: str | None = None
+
+    def version(self) -> str:
+        """The driver's version, once it is open.
+
+        Raises:
+            CudaError: the driver can't be opened; says why and what to do.
+            HelperLostError: the helper ended, or opening took too long.
+        """
+        if self._version is None:
+            try:
+                self._version = self._answer(self._open_by - time.monotonic(), "opening the driver").text
+            except CudaError:
+                self.close()
+                raise
+        return self._version
 
     @property
     def pid(self) -> int:
@@ -82,9 +92,10 @@ class Helper:
         When it is left early, as by a KeyboardInterrupt, the call goes on, and the next request waits for it to end.
 
         Raises:
-            CudaError: the driver refused; carries its code.
+            CudaError: the driver refused; carries its code. Or it can't be opened, see `version`.
             HelperLostError: no answer in time, or the helper ended; it is gone then.
         """
+        self.version()
         what = f"{request.call} of process {request.pid}" if request.pid else request.call
         try:
             self._serial += 1
@@ -96,8 +107,10 @@ class Helper:
         return self._answer(timeout_s, what)
 
     def close(self) -> None:
-        """End it: at once if it does not end by itself in 2 s."""
+        """End it: at once if it has not been asked anything yet, or does not end by itself in 2 s."""
         self._socket.close()
+        if self._version is None:
+            self._process.kill()
         try:
             self._process.wait(_END_S)
         except subprocess.TimeoutExpired:

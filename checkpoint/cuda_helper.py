@@ -6,6 +6,7 @@ or misses one, it is given up, and the next request, such as that of an undo, st
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import time
@@ -13,17 +14,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
-from checkpoint.cuda import INVALID_VALUE, NO_DEVICE, NOT_INITIALIZED, NOT_READY, OUT_OF_MEMORY, Pair
+from checkpoint.cuda import ILLEGAL_STATE, NOT_INITIALIZED, NOT_READY, NOT_SUPPORTED, OUT_OF_MEMORY, Pair
 from checkpoint.cuda_channel import Helper, HelperLostError
 from checkpoint.cuda_program import Answer, Request
-from checkpoint.errors import CudaError, RetryError
+from checkpoint.errors import CudaError, MisfitError, RetryError
 from checkpoint.nvml import Device
 from checkpoint.states import State, Step, way
 
 REAL_DRIVER: Final = "checkpoint.cuda"
-_NO_CUDA: Final = frozenset({INVALID_VALUE, NOT_INITIALIZED})
-"""What the driver answers for a process that has no CUDA state."""
-_DEVICE_FILE: Final = "/dev/nvidiactl"
+_TRIES: Final = 3
+"""How often a way is begun anew because the process is not where it was a moment ago: a call whose helper or client was
+killed may still be under way."""
+_CONTROL_FILE: Final = "/dev/nvidiactl"
+_GPU_FILES: Final = "/dev/nvidia[0-9]*"
+_MEND_KINDS: Final = "the driver can't checkpoint managed memory (cudaMallocManaged): have the process do without"
 _MEND_RECOVER: Final = "weightfs snapshot recover puts right what a snapshot left half done"
 
 _log = logging.getLogger(__name__)
@@ -56,31 +60,21 @@ class Cuda:
     """
 
     def __init__(self, module: str | None = None, deadlines: Deadlines | None = None) -> None:
-        """Open the driver, as `module` has it.
+        """Begin to open the driver, as `module` has it; the first question waits for that.
 
-        Raises:
-            CudaError: it can't be opened.
+        Every method raises CudaError if the driver can't be opened.
         """
         self._module = module or REAL_DRIVER
         self._deadlines = deadlines or Deadlines()
         self._helper: Helper | None = Helper(self._module, self._deadlines.open_s)
-        self.version = self._helper.version
 
     @classmethod
     def detect(cls) -> Cuda | None:
-        """The driver of this machine; None where there is none. `absence` says why.
+        """The driver of this machine; None where there is no driver or no GPU. `absence` says which.
 
-        Raises:
-            CudaError: there is one, but it can't be used: a GPU's process can't be snapshotted then.
+        One that is there and can't be used is not None: what is asked of it raises.
         """
-        if absence() is not None:
-            return None
-        try:
-            return cls()
-        except CudaError as error:
-            if error.result == NO_DEVICE:
-                return None
-            raise
+        return cls() if absence() is None else None
 
     def __enter__(self) -> Self:
         return self
@@ -93,6 +87,10 @@ class Cuda:
         if self._helper is not None:
             self._helper.close()
             self._helper = None
+
+    def version(self) -> str:
+        """The driver's version, as `580.159.04`."""
+        return self._ask(Request(call="version"), self._deadlines.ask_s).text
 
     def devices(self) -> tuple[Device, ...]:
         """Every GPU, with its memory as it is now."""
@@ -118,7 +116,9 @@ class Cuda:
             try:
                 found[pid] = self._state(pid)
             except CudaError as error:
-                if error.result not in _NO_CUDA:
+                # What the driver says of a process that never initialised CUDA, or was forked by one that did; of one
+                # that has ended it says no more than that a system call failed (driver 580).
+                if error.result != NOT_INITIALIZED and _alive(pid):
                     raise
         return found
 
@@ -134,9 +134,11 @@ class Cuda:
             timeout_s: for all of them together.
 
         Raises:
+            MisfitError: one uses an instance of a GPU that is cut up (MIG). Nothing was done.
             RetryError: one did not come to rest in time; all run again.
             CudaError: see the class.
         """
+        self._require_whole_gpus(pids)
         self._all(Step.LOCK, pids, deadline=time.monotonic() + timeout_s)
 
     def checkpoint_all(self, pids: Sequence[int]) -> None:
@@ -203,6 +205,15 @@ class Cuda:
                     mend="nvidia-smi shows who uses it",
                 )
 
+    def _require_whole_gpus(self, pids: Sequence[int]) -> None:
+        """Only a checkpoint would say of an instance that it can't be, and in words of its own: out of memory."""
+        for device in self.devices():
+            if device.mig and any(pid in device.used_bytes for pid in pids):
+                raise MisfitError(
+                    f"{device.name} ({device.uuid}) is cut into instances (MIG), which the driver can't checkpoint",
+                    mend="run it on a whole GPU",
+                )
+
     def _all(
         self,
         step: Step,
@@ -246,24 +257,31 @@ class Cuda:
             return CudaError(f"{error.message}; {_listed(stuck)}", mend=_mend(stuck), result=error.result, stuck=stuck)
         if step is Step.LOCK and error.result == NOT_READY:
             return RetryError(f"process {failed} did not come to rest in time: its GPU work or a CUDA call goes on")
-        return CudaError(error.message, mend=error.mend, result=error.result)
+        mend = _MEND_KINDS if step is Step.CHECKPOINT and error.result == NOT_SUPPORTED else error.mend
+        return CudaError(error.message, mend=mend, result=error.result)
 
     def _brought(self, pid: int, wanted: State) -> str | None:
         """None once a process is in a state or gone; else the word for where it stays."""
         now: State | None = None
-        try:
-            now = self._state(pid)
-            steps = way(now, wanted)
-            if steps is None:
-                return now.word
-            for step in steps:
-                self._take(step, pid)
-                now = step.after
-        except CudaError as error:
-            if _alive(pid):
-                _log.warning("process %d can't be brought to %s: %s", pid, wanted.word, error)
-                return now.word if now is not None else "unknown"
-        return None
+        failure = None
+        for _ in range(_TRIES):
+            try:
+                now = self._state(pid)
+                steps = way(now, wanted)
+                if steps is None:
+                    return now.word
+                for step in steps:
+                    self._take(step, pid)
+                    now = step.after
+                return None
+            except CudaError as error:
+                failure = error
+                if error.result != ILLEGAL_STATE:
+                    break
+        if not _alive(pid):
+            return None
+        _log.warning("process %d can't be brought to %s: %s", pid, wanted.word, failure)
+        return now.word if now is not None else "unknown"
 
     def _state(self, pid: int) -> State:
         return State(self._ask(Request(call="state", pid=pid), self._deadlines.ask_s).number)
@@ -289,9 +307,11 @@ _PAST: Final = {
 
 
 def absence() -> str | None:
-    """Why this machine has no GPU to checkpoint, None if it has: by its device file, without opening anything."""
-    if not os.path.exists(_DEVICE_FILE):
-        return f"no Nvidia driver: there is no {_DEVICE_FILE}"
+    """Why this machine has no GPU to checkpoint, None if it has: by its device files, without opening anything."""
+    if not os.path.exists(_CONTROL_FILE):
+        return f"no Nvidia driver: there is no {_CONTROL_FILE}"
+    if not glob.glob(_GPU_FILES):
+        return f"no GPU: there is no {_GPU_FILES}"
     return None
 
 

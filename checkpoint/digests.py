@@ -9,7 +9,7 @@ import os
 import stat
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,6 +20,12 @@ from checkpoint.errors import CheckpointError, RetryError
 _PIECE_BYTES: Final = 4 << 20
 _SERIAL_BYTES: Final = 1 << 20
 """From here on the threads of one hasher pay for what handing out the work costs."""
+_LARGE_BYTES: Final = 64 << 20
+"""From here on a file is read ahead by several threads: one alone copies 4.5 GB/s from the page cache."""
+_LARGE_PIECE_BYTES: Final = 16 << 20
+_READERS: Final = 4
+"""On 16 cores, 8 GiB in the page cache, two runs: 2 readers 9 and 10 GB/s, 4 12 and 15, 8 13 and 15; without reading
+ahead 4.2. Mapped it would be 25."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,10 +107,19 @@ def digest_file(path: str, *, dir_fd: int | None = None, follow: bool = True) ->
 
 
 def digest_files(paths: Iterable[str], *, dir_fd: int | None = None, follow: bool = True) -> dict[str, Digested]:
-    """BLAKE3 of many files, several at a time; see `digest_file`."""
+    """BLAKE3 of many files; see `digest_file`. A large one takes all processors, of small ones several go at a time."""
+    large: list[str] = []
+    small: list[str] = []
+    for path in paths:
+        try:
+            nbytes = os.stat(path, dir_fd=dir_fd, follow_symlinks=follow).st_size
+        except OSError as e:
+            raise _unreadable(path, e) from e
+        (large if nbytes >= _LARGE_BYTES else small).append(path)
+    found = {path: digest_file(path, dir_fd=dir_fd, follow=follow) for path in large}
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        running = {path: pool.submit(digest_file, path, dir_fd=dir_fd, follow=follow) for path in paths}
-        return {path: future.result() for path, future in running.items()}
+        running = {path: pool.submit(digest_file, path, dir_fd=dir_fd, follow=follow) for path in small}
+        return found | {path: future.result() for path, future in running.items()}
 
 
 def sync_files(paths: Iterable[str]) -> None:
@@ -127,14 +142,46 @@ def _sync(path: str) -> None:
 
 
 def _digest(fd: int, nbytes: int) -> tuple[str, int]:
-    """The digest of what can be read, and how many bytes that were."""
+    """The digest of the first `nbytes`, and how many of them could be read."""
+    if nbytes >= _LARGE_BYTES:
+        return _digest_ahead(fd, nbytes)
     hasher = blake3.blake3(max_threads=1 if nbytes < _SERIAL_BYTES else blake3.blake3.AUTO)
-    buffer = memoryview(bytearray(min(_PIECE_BYTES, nbytes + 1)))
+    buffer = memoryview(bytearray(min(_PIECE_BYTES, nbytes)))
     total = 0
-    while count := os.preadv(fd, [buffer], total):
+    while count := _fill(fd, buffer[: nbytes - total], total):
         hasher.update(buffer[:count])
         total += count
     return hasher.hexdigest(), total
+
+
+def _digest_ahead(fd: int, nbytes: int) -> tuple[str, int]:
+    """The same; while a piece is hashed, the next one is read."""
+    hasher = blake3.blake3(max_threads=blake3.blake3.AUTO)
+    buffers = [memoryview(bytearray(_LARGE_PIECE_BYTES)) for _ in range(2)]
+    part_bytes = _LARGE_PIECE_BYTES // _READERS
+    total = 0
+    with ThreadPoolExecutor(_READERS) as readers:
+
+        def read(at: int) -> list[Future[int]]:
+            piece = buffers[at // _LARGE_PIECE_BYTES % 2][: max(0, nbytes - at)]
+            starts = range(0, len(piece), part_bytes)
+            return [readers.submit(_fill, fd, piece[start : start + part_bytes], at + start) for start in starts]
+
+        coming = read(0)
+        for at in range(0, nbytes, _LARGE_PIECE_BYTES):
+            count = sum(part.result() for part in coming)
+            coming = read(at + _LARGE_PIECE_BYTES)
+            hasher.update(buffers[at // _LARGE_PIECE_BYTES % 2][:count])
+            total += count
+    return hasher.hexdigest(), total
+
+
+def _fill(fd: int, buffer: memoryview, at: int) -> int:
+    """Read until the buffer is full or the file has ended; gives how much that was."""
+    filled = 0
+    while filled < len(buffer) and (count := os.preadv(fd, [buffer[filled:]], at + filled)):
+        filled += count
+    return filled
 
 
 def _unreadable(path: str, error: OSError) -> CheckpointError:

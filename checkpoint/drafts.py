@@ -7,7 +7,7 @@ import secrets
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, Self
+from typing import Self
 
 import msgspec
 
@@ -16,8 +16,6 @@ from checkpoint.digests import digest_files, sync_files
 from checkpoint.errors import CheckpointError
 from checkpoint.manifest import ImageFile, Manifest
 from checkpoint.snapshots import IMAGES, MANIFEST, Snapshot
-
-PREFIX: Final = ".draft."
 
 
 class Draft:
@@ -28,18 +26,22 @@ class Draft:
         name: the snapshot will have.
         folder: under its temporary name; exists, and is empty but for the folder `images`.
         lock_fd: a locked descriptor of it, which is the draft's own from now on.
-        publish: gives the complete draft its name and returns the snapshot; what had the name is then in `folder`.
+        publish: gives the complete draft its name and returns the snapshot.
+        sweep: removes what had the name.
 
     Attributes:
         id: the snapshot will have: random, 32 hexadecimal digits.
     """
 
-    def __init__(self, name: str, folder: str, lock_fd: int, publish: Callable[[], Snapshot]) -> None:
+    def __init__(
+        self, name: str, folder: str, lock_fd: int, publish: Callable[[], Snapshot], sweep: Callable[[], None]
+    ) -> None:
         self.name = name
         self.folder = folder
         self.id = secrets.token_hex(16)
         self._lock_fd = lock_fd
         self._publish = publish
+        self._sweep = sweep
 
     def __enter__(self) -> Self:
         return self
@@ -76,7 +78,7 @@ class Draft:
             raise guarded.unwritable(e.filename or self.folder, e) from e
         made = self._publish()
         self._release()
-        shutil.rmtree(self.folder, ignore_errors=True)  # what was replaced; if this process ends, `recover` removes it
+        self._sweep()
         return made
 
     def abandon(self) -> None:

@@ -49,7 +49,9 @@ def create_of_command(
     try:
         readiness.wait(replace(ready, point=point), ready_timeout_s, lambda: child.poll() is None)
         reached = points.reached(point) is not None
-        made = create(name, child.pid, store, tools, replace(options, point=point if reached else None))
+        made = create(
+            name, child.pid, store, tools, replace(options, point=point if reached else None, command=command)
+        )
     except BaseException:
         control.end([root])
         raise

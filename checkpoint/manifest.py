@@ -11,6 +11,7 @@ surrogates, which JSON escapes.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from typing import Annotated, Any, Final
@@ -186,7 +187,7 @@ def decode(content: bytes, path: str) -> Manifest:
     if blake3.blake3(inner).hexdigest().encode("ascii") != content[_DIGEST_AT : _DIGEST_AT + 64]:
         raise _corrupt("does not have the digest it was written with", path)
     try:
-        document = json.loads(inner, parse_constant=_refuse_constant)
+        document = json.loads(inner, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as e:
         raise _corrupt(f"is not JSON: {e}", path) from e
     version = document.get("version") if isinstance(document, dict) else None
@@ -239,6 +240,13 @@ def _is_plain(path: str, *, absolute: bool) -> bool:
 
 def _refuse_constant(text: str) -> float:
     raise ValueError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large")
+    return number
 
 
 def _corrupt(message: str, path: str) -> CorruptError:

@@ -20,6 +20,7 @@ Kind = Literal["file", "folder", "device", "tty", "pipe", "fifo", "socket", "mem
 PROC: Final = "/proc"
 
 _DELETED: Final = " (deleted)"
+_MEMORY: Final = ("/memfd:", "/SYSV", "/dev/zero", "/secretmem", "/anon_hugepage")
 _NAMED_INODE: Final = re.compile(r"(?:pipe|socket):\[(\d+)\]$")
 _PTMX: Final = frozenset({(5, 2)})
 _TTY_MAJORS: Final = frozenset({4, 5, *range(136, 144), 204, 229})
@@ -76,7 +77,7 @@ class Mapping:
         offset: of `start` in the file.
         device, inode: of the file, 0 where there is none.
         path: of the file, ` (deleted)` taken off; `[heap]`, `[anon:NAME]` and the like; empty for plain memory.
-        is_deleted: the file's name is gone.
+        is_deleted: the file's name is gone (memory has none).
     """
 
     start: int
@@ -94,9 +95,14 @@ class Mapping:
         return self.end - self.start
 
     @property
+    def is_memory(self) -> bool:
+        """Whether it is shared memory that only looks like a file, whose name was never anywhere."""
+        return self.path.startswith(_MEMORY)
+
+    @property
     def is_file(self) -> bool:
         """Whether a file with a name, now or once, is behind it."""
-        return self.inode != 0 and self.path.startswith("/")
+        return self.inode != 0 and self.path.startswith("/") and not self.is_memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,7 +163,7 @@ def tree_of(pid: int, *, proc: str = PROC) -> tuple[Process, ...]:
         try:
             if (leader := _leader(f"{proc}/{current}")) != current:
                 raise TargetError(f"{current} is a thread of process {leader}", mend=f"snapshot process {leader}")
-            found.append(process(current, proc=proc))
+            found.append(_looked_at(current, proc))
             waiting += children_of(current, proc=proc)
         except (FileNotFoundError, ProcessLookupError):
             if current == pid:
@@ -182,6 +188,13 @@ def family(pid: int, *, proc: str = PROC) -> list[tuple[int, int]]:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 waiting += children_of(current, proc=proc)
     return found
+
+
+def _looked_at(pid: int, proc: str) -> Process:
+    try:
+        return process(pid, proc=proc)
+    except (FileNotFoundError, ProcessLookupError):
+        return process(pid, proc=proc)  # one that ends while it is looked at is seen as ended the second time
 
 
 def children_of(pid: int, *, proc: str = PROC) -> list[int]:
@@ -370,7 +383,7 @@ def mapping(line: str) -> Mapping:
         device=os.makedev(int(major, 16), int(minor, 16)),
         inode=int(inode),
         path=path,
-        is_deleted=is_deleted,
+        is_deleted=is_deleted and not path.startswith(_MEMORY),
     )
 
 

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from checkpoint import control, criu, in_use, points, processes, readiness, stdio, userfaultfd
 from checkpoint.creation import options_kept
@@ -36,6 +37,10 @@ from checkpoint.store import Snapshot, Store
 from checkpoint.tools import Tools
 from checkpoint.weights import check_weights, unchanged_since
 
+_WAITED_FOR_S: Final = 10.0
+"""Init, or whoever started it, may be slow to wait for a process that was dumped."""
+_LOOK_S: Final = 0.02
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RestoreOptions:
@@ -45,7 +50,7 @@ class RestoreOptions:
         ready: how the process shows that it answers; None where it is not waited for.
         timeout_s: for CRIU, and again for the process to answer.
         log: the file that takes what the process writes; None for its own log, or one named after the snapshot.
-        attached: the process is this one's child, and has its stdio.
+        attached: the stdio of the process, which becomes this one's child; None for a session of its own.
         command: what it must have been; empty where that does not matter.
         verify: whether the images' digests are compared.
         plain: CRIU reads memory back itself, with one thread.
@@ -54,7 +59,7 @@ class RestoreOptions:
     ready: Readiness | None = None
     timeout_s: float = 120.0
     log: str | None = None
-    attached: bool = False
+    attached: stdio.Given | None = None
     command: Sequence[str] = ()
     verify: bool = True
     plain: bool = False
@@ -149,12 +154,20 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
 
 
 def _require_free(manifest: Manifest) -> None:
+    until = time.monotonic() + _WAITED_FOR_S
     for pid in manifest.pids:
-        if start_ticks(pid) is not None:
-            raise RetryError(
-                f"pid {pid}, which a process of the snapshot has, is taken",
-                mend="end that process, or restore into a pid namespace of its own (--new-pidns)",
-            )
+        while (since := start_ticks(pid)) is not None:
+            if control.is_there(pid, since):
+                raise RetryError(
+                    f"pid {pid}, which a process of the snapshot has, is taken",
+                    mend="end that process, or restore into a pid namespace of its own (--new-pidns)",
+                )
+            if time.monotonic() > until:
+                raise RetryError(
+                    f"pid {pid} is still held by a process that has ended: its parent does not wait for it",
+                    mend=f"end its parent, which ps -o ppid= {pid} tells",
+                )
+            time.sleep(_LOOK_S)
 
 
 def _restored(
@@ -167,8 +180,8 @@ def _restored(
     obstacle = None if options.plain else userfaultfd.reason_against()
     with contextlib.ExitStack() as held:
         work = held.enter_context(tempfile.TemporaryDirectory(prefix="weightfs-restore-"))
-        if options.attached:
-            inherit = stdio.callers(replaced)
+        if options.attached is not None:
+            inherit = stdio.callers(replaced, options.attached)
         else:
             inherit = held.enter_context(stdio.opened(replaced, options.log, default))
         server = None
@@ -178,7 +191,7 @@ def _restored(
             options_kept(manifest.criu_options),
             leave_stopped=True,
             inherit=inherit,
-            sibling=options.attached,
+            sibling=options.attached is not None,
             lazy_pages=server is not None,
         )
         journal.at("restoring")
@@ -193,14 +206,8 @@ def _restored(
                 return pid, server.finish(options.timeout_s), []
         except BaseException:
             # Before the page server goes, which lets memory that is missing read as zeros.
-            control.end(journal.entry.tree or _left_by_criu(journal.entry))
+            control.end(journal.entry.tree)
             raise
-
-
-def _left_by_criu(entry: Entry) -> list[tuple[int, int]]:
-    """What a CRIU that failed or was ended has left: a root that is this process's child, and so not in CRIU's tree."""
-    family = processes.family(entry.root) if entry.root in processes.children_of(os.getpid()) else []
-    return family if family and family[0][1] >= entry.since_ticks else []
 
 
 def _let_go(

@@ -50,7 +50,8 @@ class Socket:
         protocol: the kernel's name: `TCP`, `UDPv6`, `UNIX-STREAM`, `NETLINK`, `AF_VSOCK`.
         type: of a Unix socket `stream`, `dgram` or `seqpacket`; else empty.
         state: `listening`, `established` (whatever is between the first and the last packet), `closed`.
-        local, remote: `127.0.0.1:80`, `[::1]:80`; of a Unix socket its path (`@name` where abstract) and nothing.
+        local, remote: `127.0.0.1:80`, `[::1]:80`; of a Unix socket its path (`@name`
+            where abstract) and that of the other end, empty where it has none.
         peer: the inode of the other end of a Unix socket, 0 without one or where it is not known.
         pending: of a listening TCP socket: connections that were not accepted yet.
     """
@@ -114,7 +115,10 @@ def _namespace(pid: int, proc: str) -> dict[int, Socket]:
         except FileNotFoundError:  # no IPv6
             continue
     with contextlib.suppress(OSError):
-        found.update((one.inode, one) for one in _unix(pid, proc))
+        ends = {one.inode: one for one in _unix(pid, proc)}
+        for one in ends.values():
+            peer = ends.get(one.peer)
+            found[one.inode] = replace(one, remote=peer.local) if peer else one
     return found
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.attachments import attachments_of
@@ -20,6 +22,20 @@ LOGS: Final = "/var/log/weightfs"
 
 Resource = tuple[int, str, str]
 """Which of 0, 1 and 2; what CRIU calls it; the path where it is a log file, else empty."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Given:
+    """A caller's stdio, for a process that is to have it.
+
+    Attributes:
+        own: the caller's descriptors 0, 1 and 2, duplicated above 2.
+        plain: the same, with a pipe to the caller where that is a terminal or a socket: only files and pipes can stand
+            for files and pipes.
+    """
+
+    own: tuple[int, int, int]
+    plain: tuple[int, int, int]
 
 
 def resources(processes: Sequence[Process]) -> list[Resource]:
@@ -85,12 +101,30 @@ def log(path: str) -> Iterator[int]:
         os.close(fd)
 
 
-def callers(wanted: Sequence[Resource]) -> tuple[tuple[int, str], ...]:
-    """The caller's own stdio in their place."""
+def callers(wanted: Sequence[Resource], given: Given) -> tuple[tuple[int, str], ...]:
+    """What a caller gives in their place.
+
+    Raises:
+        CheckpointError: it was a terminal or a socket, and the caller has none there.
+    """
     pairs: dict[str, int] = {}
     for fd, resource, _ in wanted:
-        pairs.setdefault(resource, fd)
+        if resource.startswith(("tty[", "socket:[")):
+            is_alike = os.isatty if resource.startswith("tty[") else _is_socket
+            if not is_alike(given.own[fd]):
+                raise CheckpointError(
+                    f"its descriptor {fd} was a {'terminal' if is_alike is os.isatty else 'socket'}, which only one of "
+                    "that kind can replace",
+                    mend="make the snapshot of a process whose output goes to a file or a pipe",
+                )
+            pairs.setdefault(resource, given.own[fd])
+        else:
+            pairs.setdefault(resource, given.plain[fd])
     return tuple((fd, resource) for resource, fd in pairs.items())
+
+
+def _is_socket(fd: int) -> bool:
+    return stat.S_ISSOCK(os.fstat(fd).st_mode)
 
 
 def _open(path: str) -> int:

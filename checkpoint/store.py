@@ -4,7 +4,8 @@
         NAME/                   0700; it has this name only when all of it is on the disk
             manifest.json       0600
             images/             0700; what CRIU wrote, flat
-        .draft.NAME.RANDOM/     being written, being removed, or left over by a process that died
+        .draft.NAME.RANDOM/     being written, or left over by a process that died
+        .removed.NAME.RANDOM/   removed or replaced; whoever finds it removes the rest
 
 Nothing else changes what is in a snapshot. Whoever makes one holds a flock on its draft's folder, whoever restores one
 a shared flock on its folder, whoever removes or replaces one an exclusive one; the kernel drops them with the process.
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from checkpoint import guarded, manifest
-from checkpoint.drafts import PREFIX, Draft
+from checkpoint.drafts import Draft
 from checkpoint.errors import CheckpointError, MisfitError, RetryError, SnapshotNameError
 from checkpoint.locking import flock, leads_to
 from checkpoint.snapshots import IMAGES, Snapshot, examined
@@ -37,6 +38,8 @@ from weightfs import linux
 __all__ = ["DEFAULT", "Draft", "Listed", "Snapshot", "Store"]
 
 DEFAULT: Final = "/var/lib/weightfs/snapshots"
+_DRAFT: Final = ".draft."
+_REMOVED: Final = ".removed."
 _STORE_S: Final = 10.0
 _IN_USE_S: Final = 30.0
 
@@ -90,15 +93,16 @@ class Store:
             os.makedirs(self.path, mode=0o700, exist_ok=True)
         except OSError as e:
             raise guarded.unwritable(self.path, e) from e
+        self._sweep()
         with self._locked() as store_fd:
             if not replace:
                 self._require_free(name)
-            for left in self._drafts(store_fd):
-                if _draft_name(left) == name and not self._is_left_over(store_fd, left):
+            for left in self._left(store_fd, _DRAFT):
+                if _name_of(left) == name and not self._is_left_over(store_fd, left):
                     raise RetryError(
                         "is being made by another process", path=self._at(name), mend="wait until it is done"
                     )
-            folder = self._at(_temporary(name))
+            folder = self._at(_temporary(_DRAFT, name))
             lock_fd = -1
             try:
                 os.mkdir(folder, 0o700)
@@ -110,7 +114,7 @@ class Store:
                     os.close(lock_fd)
                 shutil.rmtree(folder, ignore_errors=True)
                 raise guarded.unwritable(folder, e) from e
-            return Draft(name, folder, lock_fd, lambda: self._publish(folder, name, replace=replace))
+            return Draft(name, folder, lock_fd, lambda: self._publish(folder, name, replace=replace), self._sweep)
 
     def open(self, name: str) -> Snapshot:
         """A snapshot; examined, but its images are not read: see `Snapshot.verify`.
@@ -142,15 +146,7 @@ class Store:
         Raises:
             CheckpointError: the store can't be read.
         """
-        found = []
-        for name in self._names():
-            try:
-                found.append(Listed(name=name, snapshot=self.open(name), fault=None))
-            except SnapshotNameError:
-                continue  # removed since it was listed, or not one of ours
-            except CheckpointError as e:
-                found.append(Listed(name=name, snapshot=None, fault=e))
-        return tuple(found)
+        return tuple(one for name in self._names() if (one := self._listed(name)) is not None)
 
     def remove(self, name: str) -> None:
         """Remove a snapshot, whatever state it is in.
@@ -161,19 +157,23 @@ class Store:
             CheckpointError: it can't be removed.
         """
         manifest.require_name(name)
-        folder, temporary = self._at(name), self._at(_temporary(name))
+        folder = self._at(name)
+        if not os.path.lexists(folder):
+            raise self._unknown(name)
         with contextlib.ExitStack() as held:
             if os.path.isdir(folder) and not os.path.islink(folder):
                 held.enter_context(self.lock(name))
             try:
                 with self._locked() as store_fd:
-                    os.rename(folder, temporary)
+                    removed = self._at(_temporary(_REMOVED, name))
+                    os.rename(folder, removed)
                     os.fsync(store_fd)
-                _remove(temporary)
+                _remove(removed)
             except FileNotFoundError as e:
                 raise self._unknown(name) from e
             except OSError as e:
                 raise guarded.unwritable(folder, e) from e
+        self._sweep()
 
     @contextlib.contextmanager
     def lock(self, name: str, *, shared: bool = False, timeout_s: float = 0) -> Iterator[None]:
@@ -220,17 +220,17 @@ class Store:
             return ()
         removed = []
         with self._locked() as store_fd:
-            for left in self._drafts(store_fd):
+            for left in self._left(store_fd, _DRAFT) + self._left(store_fd, _REMOVED):
                 if self._is_left_over(store_fd, left):
                     try:
                         _remove(self._at(left))
                     except OSError as e:
                         raise guarded.unwritable(self._at(left), e) from e
-                    removed.append(_draft_name(left))
+                    removed.append(_name_of(left))
         return tuple(removed)
 
     def _publish(self, folder: str, name: str, *, replace: bool) -> Snapshot:
-        """Give a complete draft its name; what had that name is then in the draft's folder."""
+        """Give a complete draft its name; what had that name is for `_sweep`."""
         target = self._at(name)
         while True:
             with contextlib.ExitStack() as held:
@@ -246,6 +246,7 @@ class Store:
                 try:
                     if is_there:
                         linux.exchange(store_fd, os.path.basename(folder), name)
+                        os.rename(folder, self._at(_temporary(_REMOVED, name)))
                     else:
                         os.rename(folder, target)
                     os.fsync(store_fd)
@@ -268,6 +269,19 @@ class Store:
                 raise RetryError("is locked by another process", path=self.path, mend="try again")
             yield fd
 
+    def _listed(self, name: str) -> Listed | None:
+        """What lies under a name; None where nothing does, or it is none of ours."""
+        while True:
+            before = _state(self._at(name))
+            try:
+                return Listed(name=name, snapshot=self.open(name), fault=None)
+            except SnapshotNameError:
+                return None
+            except CheckpointError as e:
+                # No lock is held: half of one snapshot and half of another would seem damaged.
+                if before == _state(self._at(name)):
+                    return Listed(name=name, snapshot=None, fault=e)
+
     def _names(self) -> tuple[str, ...]:
         try:
             return tuple(sorted(name for name in os.listdir(self.path) if not name.startswith(".")))
@@ -276,8 +290,16 @@ class Store:
         except OSError as e:
             raise guarded.unreadable(self.path, e) from e
 
-    def _drafts(self, store_fd: int) -> tuple[str, ...]:
-        return tuple(sorted(name for name in os.listdir(store_fd) if name.startswith(PREFIX)))
+    def _left(self, store_fd: int, prefix: str) -> tuple[str, ...]:
+        return tuple(sorted(name for name in os.listdir(store_fd) if name.startswith(prefix)))
+
+    def _sweep(self) -> None:
+        """Remove what is left of snapshots that were removed or replaced; what can't be is left to the next one."""
+        guarded.require_path_ours(self.path)
+        for name in os.listdir(self.path):
+            if name.startswith(_REMOVED):
+                with contextlib.suppress(OSError):
+                    _remove(self._at(name))
 
     def _is_left_over(self, store_fd: int, temporary: str) -> bool:
         try:
@@ -304,19 +326,33 @@ class Store:
         return os.path.join(self.path, name)
 
 
-def _temporary(name: str) -> str:
-    return f"{PREFIX}{name}.{secrets.token_hex(4)}"
+def _temporary(prefix: str, name: str) -> str:
+    return f"{prefix}{name}.{secrets.token_hex(4)}"
 
 
-def _draft_name(temporary: str) -> str:
-    return temporary.removeprefix(PREFIX).rpartition(".")[0]
+def _name_of(temporary: str) -> str:
+    return temporary.split(".", 2)[2].rpartition(".")[0]
+
+
+def _state(path: str) -> tuple[int, int] | None:
+    """What tells a folder from another that had its name: inode numbers are used again at once."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns
 
 
 def _remove(path: str) -> None:
     """Remove a folder or anything else, whoever else is at it as well."""
     if os.path.islink(path) or not os.path.isdir(path):
-        os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
         return
-    shutil.rmtree(path, ignore_errors=True)
-    if os.path.lexists(path):
-        shutil.rmtree(path)  # for the reason
+    while True:
+        try:
+            shutil.rmtree(path)
+        except FileNotFoundError:  # somebody else was faster with a part of it
+            if os.path.lexists(path):
+                continue
+        return

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from prefetch.eviction import Resident, choose
@@ -66,6 +67,39 @@ class Wanted:
     reserved_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """Models opened and measured.
+
+    Attributes:
+        opened, wanted: each model.
+        held: the bytes that each has in memory, or will have.
+    """
+
+    opened: dict[str, OpenedModel] = field(default_factory=dict)
+    wanted: dict[str, Wanted] = field(default_factory=dict)
+    held: dict[str, int] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def _shown(shelf: Shelf, models: Iterable[Wanted]) -> Iterator[_Shown]:
+    """Open models until the end of the block; those that can't be opened or measured are left out."""
+    shown = _Shown()
+    with contextlib.ExitStack() as stack:
+        for one in models:
+            name = repr(one.key)
+            try:
+                if (model := shelf.open(*one.key)) is None:
+                    continue
+                stack.callback(model.close)
+                shown.held[name] = max(one.reserved_bytes, resident_of_model(model))
+            except OSError as e:
+                log.debug("can't measure %s: %s", one.key, e)
+                continue
+            shown.opened[name], shown.wanted[name] = model, one
+        yield shown
+
+
 class Occupancy:
     """The memory of one mount's models.
 
@@ -73,6 +107,9 @@ class Occupancy:
         shelf: opens them.
         budget_bytes: what they may take together.
         pinned: labels of the layers that are locked once they were read.
+
+    Attributes:
+        on_evicted: told of each model that was dropped to make room; in the thread that makes it.
     """
 
     def __init__(self, shelf: Shelf, budget_bytes: int, pinned: Collection[str]) -> None:
@@ -81,6 +118,7 @@ class Occupancy:
         self._pinned = frozenset(pinned)
         self._pins = Pins()
         self._one = threading.Lock()
+        self.on_evicted: Callable[[Key], None] = lambda key: None
         self.evicted_bytes = 0
         self.pin_failure: str | None = None
 
@@ -88,51 +126,61 @@ class Occupancy:
         """Evict until `need_bytes` fit into the budget beside what stays; gives the bytes that are left for them.
 
         Args:
-            need_bytes: of the model to come; more than anything can hold: evict all that nobody uses.
+            need_bytes: of the model to come.
             models: the others. One that is being read counts as what it will be, and stays.
         """
-        with self._one, contextlib.ExitStack() as stack:
-            opened: dict[str, OpenedModel] = {}
-            wanted: dict[str, Wanted] = {}
-            for one in models:
-                try:
-                    model = self._shelf.open(*one.key)
-                except OSError as e:
-                    log.debug("can't measure %s: %s", one.key, e)
-                    continue
-                if model is not None:
-                    stack.callback(model.close)
-                    opened[repr(one.key)], wanted[repr(one.key)] = model, one
-            held = {name: max(wanted[name].reserved_bytes, resident_of_model(model)) for name, model in opened.items()}
-            excess = sum(held.values()) + need_bytes - self.budget_bytes
+        with self._one, _shown(self._shelf, models) as shown:
+            excess = sum(shown.held.values()) + need_bytes - self.budget_bytes
             if excess <= 0:
                 return need_bytes
-            usage = files_in_use({key for model in opened.values() for key in model.keys})
-            pinned = self._pins.keys()
-            choice = choose(
-                (
-                    Resident(
-                        key=name,
-                        nbytes=held[name],
-                        last_wanted_s=wanted[name].wanted_s,
-                        in_use=wanted[name].reserved_bytes > 0 or bool(model.keys & usage.in_use),
-                        pinned=name in pinned,
-                    )
-                    for name, model in opened.items()
-                ),
-                excess,
-            )
-            for chosen in choice:
-                freed = chosen.nbytes - drop_model(opened[chosen.key])
-                held[chosen.key] -= freed
-                self.evicted_bytes += freed
-                log.info("evicted %s: %d bytes", chosen.key, freed)
-            return max(0, min(need_bytes, self.budget_bytes - sum(held.values())))
+            self._evict(shown, excess)
+            return max(0, min(need_bytes, self.budget_bytes - sum(shown.held.values())))
+
+    def give_back(self, need_bytes: int, models: Iterable[Wanted]) -> int:
+        """Evict models that nobody uses, one at least, until `need_bytes` are free; gives how many that were.
+
+        Args:
+            need_bytes: what is missing, as far as anybody knows.
+            models: all there are. One that is being read stays.
+        """
+        with self._one, _shown(self._shelf, models) as shown:
+            return self._evict(shown, max(1, need_bytes))
+
+    def _evict(self, shown: _Shown, need_bytes: int) -> int:
+        usage = files_in_use({key for model in shown.opened.values() for key in model.keys})
+        pinned = self._pins.keys()
+        choice = choose(
+            (
+                Resident(
+                    key=name,
+                    nbytes=shown.held[name],
+                    last_wanted_s=shown.wanted[name].wanted_s,
+                    in_use=shown.wanted[name].reserved_bytes > 0 or bool(model.keys & usage.in_use),
+                    pinned=name in pinned,
+                )
+                for name, model in shown.opened.items()
+            ),
+            need_bytes,
+        )
+        evicted = 0
+        for chosen in choice:
+            freed = chosen.nbytes - drop_model(shown.opened[chosen.key])
+            shown.held[chosen.key] -= freed
+            evicted += freed
+            self.evicted_bytes += freed
+            self.on_evicted(shown.wanted[chosen.key].key)
+            log.info("evicted %s: %d bytes", chosen.key, freed)
+        return evicted
 
     def pin(self, key: Key, plan: Plan, opened: OpenedModel) -> None:
         """Lock the layers that are to be locked; a failure is logged and kept for the status."""
         name, locked = repr(key), self._pins.keys()
         if not self._pinned or name in locked:
+            return
+        need = sum(layer.nbytes for layer in plan.layers if layer.label in self._pinned)
+        if self._pins.total_bytes + need > self.budget_bytes:
+            self._not_pinned(key, f"{need} bytes beside {self._pins.total_bytes} are more than the budget"
+                                  f" of {self.budget_bytes}")  # fmt: skip
             return
         for file, fd in opened.fds.items():
             parts = [
@@ -146,10 +194,13 @@ class Occupancy:
                 if parts:
                     self._pins.pin(name, fd, parts)
             except (OSError, WeightfsError) as e:
-                self.pin_failure = str(e)
-                log.warning("can't lock layers of %s: %s", name, e)
                 self._pins.release(name)
+                self._not_pinned(key, str(e))
                 return
+
+    def _not_pinned(self, key: Key, why: str) -> None:
+        self.pin_failure = f"{os.path.join(os.fsdecode(key[0]), key[1])}: {why}"
+        log.warning("can't lock layers of %s", self.pin_failure)
 
     def release(self, key: Key) -> None:
         """Unlock what is locked of a model."""

@@ -18,6 +18,8 @@ from weightfs.formats.roles import BLOCK
 
 Place = tuple[int, int]
 """Part and stage: the smaller, the earlier."""
+_Found = tuple[int, int, str]
+"""Part, stage, and what the layer is called within its part."""
 
 _PARTS: Final = ("vision", "audio", "projector", "text", "", "encoder", "decoder", "vae", "mtp")
 """In the order of data. The nameless one before the encoder holds the embedding that both encoder and decoder use."""
@@ -79,35 +81,43 @@ def places(tensors: Iterable[TensorExtent]) -> list[tuple[Place, str]]:
         `encoder.embedding`; the model itself goes without), and the stage's in a U-Net (`down.0`, `mid`, `up.2`) and
         in Flux (`single.0`).
     """
-    blocks: dict[str, tuple[int, int, str]] = {}
-    found: list[tuple[int, int, str]] = []
+    blocks: dict[str, _Found] = {}
+    found: list[_Found] = []
     decodes = False
-    guessing: set[tuple[int, int, str]] = set()
+    guessing: set[_Found] = set()
+    begins, ends, known = "", 0, (0, 0, "")  # the last block; its tensors mostly follow one another
     for tensor in tensors:
         name = tensor.name
-        block = BLOCK.search(name) if tensor.role is Role.BLOCK else None
-        if block is None:
-            part, is_decoder = _part(name)
-            decodes = decodes or is_decoder
-            found.append((part, *_stage(tensor)))
-            continue
-        begins = name[: block.end()]
-        known = blocks.get(begins)
-        if known is None:
-            part, is_decoder = _part(name[: block.start() + 1])
-            decodes = decodes or is_decoder
-            _, kind, number = block.groups()
-            stage, prefix = _KINDS.get(kind or block[1], (0, ""))
-            label = ".".join(one for one in (prefix, number) if one)
-            known = blocks[begins] = part, (stage << 32) + int(number or 0), label
-        if _GUESSING.search(name, block.end() - 1):
+        if not begins or not name.startswith(begins):
+            block = BLOCK.search(name) if tensor.role is Role.BLOCK else None
+            if block is None:
+                part, is_decoder = _part(name)
+                decodes = decodes or is_decoder
+                found.append((part, *_stage(tensor)))
+                continue
+            begins, ends = name[: block.end()], block.end() - 1
+            if begins not in blocks:
+                part, is_decoder = _part(name[: block.start() + 1])
+                decodes = decodes or is_decoder
+                _, kind, number = block.groups()
+                stage, prefix = _KINDS.get(kind or block[1], (0, ""))
+                label = ".".join(one for one in (prefix, number) if one)
+                blocks[begins] = part, (stage << 32) + int(number or 0), label
+            known = blocks[begins]
+            if not begins.endswith("."):  # the whole name: `h.1` is no part of `h.10`
+                begins = ""
+        if ("eh_proj" in name or "nextn" in name) and _GUESSING.search(name, ends):
             guessing.add(known)
         found.append(known)
-    both = decodes and any(part == _ENCODER for part, _, _ in found)
-    return _labelled([_settled(one, guessing, both=both) for one in found])
+    different = set(found)
+    both = decodes and any(part == _ENCODER for part, _, _ in different)
+    settled = {one: _settled(one, guessing, both=both) for one in different}
+    labels = _labelled(set(settled.values()))
+    placed = {one: labels[settled[one]] for one in different}
+    return [placed[one] for one in found]
 
 
-def _settled(one: tuple[int, int, str], guessing: set[tuple[int, int, str]], *, both: bool) -> tuple[int, int, str]:
+def _settled(one: _Found, guessing: set[_Found], *, both: bool) -> _Found:
     """The same, now that the whole model was seen; `both` when it has an encoder and a decoder."""
     part, stage, label = one
     if one in guessing:
@@ -118,22 +128,20 @@ def _settled(one: tuple[int, int, str], guessing: set[tuple[int, int, str]], *, 
     return one
 
 
-def _labelled(found: list[tuple[int, int, str]]) -> list[tuple[Place, str]]:
+def _labelled(found: set[_Found]) -> dict[_Found, tuple[Place, str]]:
     parts = {part for part, _, _ in found}
     several = len(parts - {_SHARED, _MODEL}) + bool(parts & {_SHARED, _MODEL}) > 1
     # Two embeddings, one of both sides and one of the decoder alone, need two labels.
     decoders_own = _SHARED in parts and any(part == _MODEL and stage == _BEFORE for part, stage, _ in found)
-    made: dict[tuple[int, int, str], tuple[Place, str]] = {}
-    for one in found:
-        if one not in made:
-            part, stage, label = one
-            name = _PARTS[part]
-            if part == _MODEL and not (decoders_own and stage == _BEFORE):
-                name = ""
-            if part == _PROJECTOR and stage == _OTHER:
-                label, name = name, ""
-            made[one] = (part, stage), f"{name}.{label}" if several and name else label
-    return [made[one] for one in found]
+    made: dict[_Found, tuple[Place, str]] = {}
+    for part, stage, told in found:
+        name, label = _PARTS[part], told
+        if part == _MODEL and not (decoders_own and stage == _BEFORE):
+            name = ""
+        if part == _PROJECTOR and stage == _OTHER:
+            label, name = name, ""
+        made[part, stage, told] = (part, stage), f"{name}.{label}" if several and name else label
+    return made
 
 
 def _part(name: str) -> tuple[int, bool]:

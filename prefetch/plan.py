@@ -188,8 +188,17 @@ class _Unread:
 
     def take(self, start: int, end: int) -> list[tuple[int, int, int]]:
         """Take out what there is of a range: start, end and layer of each part, ascending."""
-        first = max(0, bisect_right(self.starts, start) - 1)
-        last = first
+        position = bisect_right(self.starts, start) - 1
+        if position >= 0 and end < self.pieces[position][0]:  # the middle of one piece, as nearly always
+            stop, layer = self.pieces[position]
+            if self.starts[position] == start:
+                self.starts[position] = end
+            else:
+                self.pieces[position] = start, layer
+                self.starts.insert(position + 1, end)
+                self.pieces.insert(position + 1, (stop, layer))
+            return [(start, end, layer)]
+        first = last = max(0, position)
         taken, left = [], []
         while last < len(self.starts) and self.starts[last] < end:
             begin, (stop, layer) = self.starts[last], self.pieces[last]

@@ -102,6 +102,15 @@ class Predictor:
         """How many models have a past."""
         return len(self._pasts)
 
+    def models(self) -> list[str]:
+        """Those that have a past."""
+        return list(self._pasts)
+
+    def last_open_s(self, model: str) -> float | None:
+        """When a model was last opened, in seconds since 1970; None for one without a past."""
+        past = self._pasts.get(model)
+        return None if past is None else past.last_s
+
     def observe(self, model: str, at_s: float) -> None:
         """A model was opened.
 

@@ -43,10 +43,12 @@ class Reason:
     Attributes:
         kind: `available` little is left, `limit` a control group met its limit, `stall` tasks wait for memory.
         detail: in words, with the figures and the file that told.
+        short_bytes: how much is missing where that can be told, else 0.
     """
 
     kind: Literal["available", "limit", "stall"]
     detail: str
+    short_bytes: int = 0
 
 
 class Pressure:
@@ -98,6 +100,11 @@ class Pressure:
         found = dict.fromkeys(self._triggers.values(), "trigger")
         return found | {stall.path: "sampled" if stall.is_there else "absent" for stall in self._stalls}
 
+    @property
+    def told_s(self) -> float:
+        """When a sign was last seen, by this one's clock: what `check` tells of may be up to `HOLD_S` older."""
+        return self._last_s
+
     def check(self) -> Reason | None:
         """Why prefetch must halt now, or None. Takes some 50 us, waits for nothing and never raises.
 
@@ -136,7 +143,9 @@ class Pressure:
         if available is None or available >= self._floor_bytes:
             return None
         return Reason(
-            "available", f"{available >> 20} MiB of memory available, prefetch leaves {self._floor_bytes >> 20} MiB"
+            "available",
+            f"{available >> 20} MiB of memory available, prefetch leaves {self._floor_bytes >> 20} MiB",
+            self._floor_bytes - available,
         )
 
     def _met_limit(self) -> Reason | None:

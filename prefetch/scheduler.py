@@ -7,45 +7,48 @@ alone: its threads come out of a limiter of their own, and nobody waits for them
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import trio
 
+from prefetch.anticipation import AFTER_PRESSURE_S, Anticipation, Target
 from prefetch.filler import Fill, Filler, FillerConfig, cut
+from prefetch.foresight import Foresight, Past
+from prefetch.giving import Giving
+from prefetch.inventory import Inventory
 from prefetch.occupancy import Key, Occupancy, OpenedModel, Shelf, Wanted, drop_model, resident_of_model
-from prefetch.plan import Extent, Layer, Plan, plan_of, whole_file_plan
+from prefetch.plan import Extent, Layer, plan_of, whole_file_plan
 from prefetch.pressure import Pressure, Reason
 from prefetch.residency import resident_of
-from prefetch.timeline import Load, Timeline
+from prefetch.standing import PREDICTED, WARM, Standing, name_of
+from prefetch.timeline import Timeline
 from prefetch.walkers import COPIERS, Walkers, process_of
-from weightfs.formats import format_of
+from prefetch.wishes import AGAIN_S, Wish, is_served, is_trigger
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-WARM: Final = "warm"
-"""The trigger of what was asked for, not opened."""
 _QUEUE: Final = 256
 _THREADS: Final = 8
-_AGAIN_S: Final = 1.0
-"""A model whose plan began less than this ago is not planned again: a loader opens a dozen of its files."""
 _REMEMBERED: Final = 4096
 _PRESSURE_S: Final = 0.25
 _SAMPLE_S: Final = 0.05
-_RESIDENT_S: Final = 2.0
-_LOOK_S: Final = 0.25
+_PREDICTED_EVERY: Final = 20  # samples
+STALLED_S: Final = 30.0
+"""A model of which no byte came for so long is given up."""
+_LARGE_BYTES: Final = 64 << 20
+_BANDWIDTH_BYTES_S: Final = 1e9  # until a model was read
 _SHOWN: Final = 32
-_EVERYTHING: Final = 1 << 62
-_TOKENIZERS: Final = ("tokenizer.", "tokenizer_config.", "vocab.", "spiece.", "sentencepiece.")
-_CONFIGURATIONS: Final = frozenset({"config.json", "model_index.json", "generation_config.json", "params.json"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,52 +72,6 @@ class SchedulerConfig:
     filler: FillerConfig = field(default_factory=FillerConfig)
 
 
-@dataclass(eq=False, slots=True)
-class Standing:
-    """A model that was wanted.
-
-    Attributes:
-        key: (folder, set).
-        wanted_s: when last (monotonic).
-        trigger: what wanted it.
-        process: who did, 0 for nobody in particular.
-        plan: its last one, whole even where the budget let less be read.
-        fill: of that plan; None before it began.
-        load: what the timeline tells of it.
-    """
-
-    key: tuple[bytes, str]
-    wanted_s: float
-    trigger: str
-    process: int
-    plan: Plan
-    fill: Fill | None
-    load: Load
-
-    @property
-    def name(self) -> str:
-        """As users know it: folder and set."""
-        return name_of(self.key)
-
-    @property
-    def is_active(self) -> bool:
-        """Whether it is being read, or about to be."""
-        return self.fill is None or not self.fill.ended.is_set()
-
-    def document(self) -> dict[str, Any]:
-        """Its progress."""
-        fill = self.fill
-        return {
-            "model": self.name,
-            "trigger": self.trigger,
-            "bytes": self.plan.nbytes,
-            "filled_bytes": fill.filled_bytes if fill else 0,
-            "found_bytes": fill.skipped_bytes if fill else 0,
-            "active": self.is_active,
-            "failure": fill.failure if fill else None,
-        }
-
-
 class Scheduler:
     """Prefetch of one mount.
 
@@ -122,22 +79,40 @@ class Scheduler:
         shelf: where models are found.
         config: see there.
         demand: whether somebody waits for a read in user space; called in any thread.
+        past: the history of opens, for reading what was not asked for yet; None for not doing that.
+
+    Attributes:
+        bandwidth_bytes_s: how fast the last large model was read.
     """
 
-    def __init__(self, shelf: Shelf, config: SchedulerConfig, demand: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        shelf: Shelf,
+        config: SchedulerConfig,
+        demand: Callable[[], bool] = lambda: False,
+        past: Past | None = None,
+    ) -> None:
         self._shelf = shelf
         self._config = config
+        self._demand = demand
         self._filler = Filler(config.filler, demand)
         self._limiter = trio.CapacityLimiter(_THREADS)
         self._send, self._receive = trio.open_memory_channel[tuple[bytes, int]](_QUEUE)
         self._walkers = Walkers()
         self._occupancy = Occupancy(shelf, config.budget_bytes, config.pinned)
+        self._inventory = Inventory(shelf)
+        self._foresight = Foresight(past) if past is not None and config.mode != "off" else None
+        self._ahead: Anticipation | None = None
+        if self._foresight is not None:
+            self._ahead = Anticipation(self, shelf, self._foresight, config.budget_bytes, demand)
+            self._occupancy.on_evicted = self._ahead.score.lost
+        self.bandwidth_bytes_s = _BANDWIDTH_BYTES_S
         self._halted: Reason | None = None
+        self._short_s: float | None = None  # when memory was short last; trio's clock
         self._timeline = Timeline(time.time() - time.monotonic())
         self._measuring = threading.Lock()
         self._opened: dict[Standing, OpenedModel] = {}  # what is being read; under `_measuring`
-        self._resident: tuple[float, list[dict[str, Any]]] = -_RESIDENT_S, []
-        self._looking = threading.Lock()
+        self._progress: dict[Standing, tuple[int, float]] = {}  # bytes, and since when so many
         self._recent: OrderedDict[tuple[bytes, int], float] = OrderedDict()
         self._lock = threading.Lock()
         self._models: OrderedDict[tuple[bytes, str], Standing] = OrderedDict()
@@ -151,12 +126,22 @@ class Scheduler:
             async with trio.open_nursery() as nursery, self._receive:
                 nursery.start_soon(self._yield_to_pressure, nursery)
                 nursery.start_soon(self._sample)
+                if self._ahead is not None:
+                    nursery.start_soon(self._ahead.run)
                 async for path, process in self._receive:
                     token = object()
                     await self._limiter.acquire_on_behalf_of(token)
                     nursery.start_soon(self._follow, path, process, token)
         finally:
             self._filler.close()
+            if self._ahead is not None:
+                self._ahead.filler.close()
+            self.remember()
+
+    def remember(self) -> None:
+        """Write down what was opened, before this daemon ends. A moment of the disk's time."""
+        if self._foresight is not None:
+            self._foresight.settle(everything=True)
 
     async def _follow(self, path: bytes, process: int, token: object) -> None:
         try:
@@ -167,22 +152,42 @@ class Scheduler:
             self._limiter.release_on_behalf_of(token)
 
     async def _yield_to_pressure(self, nursery: trio.Nursery) -> None:
-        """Halt while memory is short, and give back what nobody uses."""
+        """Halt while memory is short, and give back what nobody uses: a model at a time, while it goes on."""
+        giving = Giving()
         with Pressure() as pressure:
             while True:
                 await trio.sleep(_PRESSURE_S)
                 found = pressure.check()
+                if found is not None:
+                    self._short_s = trio.current_time()
+                    if giving.is_due(pressure.told_s):
+                        nursery.start_soon(self._give_back, found, giving)
                 if found is not None and self._halted is None:
                     log.warning("prefetch halts: %s", found.detail)
                     self._filler.halt(True)
-                    nursery.start_soon(self.in_thread, self._empty)
+                    self._give_way()
                 elif found is None and self._halted is not None:
                     log.info("prefetch goes on")
                     self._filler.halt(False)
                 self._halted = found
 
-    def _empty(self) -> None:
-        self._occupancy.make_room(_EVERYTHING, self._others(None))
+    async def _give_back(self, found: Reason, giving: Giving) -> None:
+        with giving:
+            giving.freed_bytes = await self.in_thread(
+                lambda: self._occupancy.give_back(found.short_bytes, self._others(None))
+            )
+
+    def busy(self) -> str | None:
+        """Why nothing may be read without being asked for. On the trio thread."""
+        if self._halted is not None:
+            return f"memory is short: {self._halted.detail}"
+        if self._short_s is not None and trio.current_time() - self._short_s < AFTER_PRESSURE_S:
+            return "memory was short a moment ago"
+        return next((f"{one.name} is being read" for one in self.standings() if one.is_active), None)
+
+    def _give_way(self) -> None:
+        if self._ahead is not None:
+            self._ahead.give_way()
 
     async def in_thread(self, function: Callable[[], T]) -> T:
         """Do what may wait for the source, beside few others of its kind."""
@@ -190,15 +195,33 @@ class Scheduler:
 
     async def _sample(self) -> None:
         """Tell the timeline how much of each layer there is, while models are read."""
-        while True:
+        for turn in itertools.count():
             await trio.sleep(_SAMPLE_S)
             if self._opened:
-                await self.in_thread(self._measure)
+                await self.in_thread(functools.partial(self._measure, predicted=turn % _PREDICTED_EVERY == 0))
+                self._watch_progress(trio.current_time())
 
-    def _measure(self, only: Standing | None = None) -> None:
+    def _watch_progress(self, now: float) -> None:
+        """Give up what no byte comes of: its source stands still."""
+        for standing in list(self._opened):
+            if (fill := standing.fill) is None or fill.cancelled:
+                continue
+            done = fill.filled_bytes + fill.skipped_bytes
+            before, since = self._progress.get(standing, (-1, now))
+            waits = self._halted is not None or (standing.is_predicted and self._demand())
+            if done != before or waits:
+                self._progress[standing] = done, now
+            elif now - since >= STALLED_S:
+                log.warning("prefetch of %s ends: no byte came for %g s", standing.name, STALLED_S)
+                self._filler_of(standing).cancel(fill, f"no byte came for {STALLED_S:g} s: the source does not answer")
+
+    def _filler_of(self, standing: Standing) -> Filler:
+        return self._ahead.filler if self._ahead is not None and standing.is_predicted else self._filler
+
+    def _measure(self, only: Standing | None = None, *, predicted: bool = True) -> None:
         with self._measuring:
             for standing, opened in self._opened.items():
-                if only in (None, standing):
+                if only is standing or (only is None and (predicted or not standing.is_predicted)):
                     try:
                         found = [resident_of(layer.extents, opened.fds) for layer in standing.plan.layers]
                     except OSError as e:
@@ -217,7 +240,7 @@ class Scheduler:
         now = time.monotonic()
         self.triggers += 1
         key = path, thread
-        if now - self._recent.get(key, -_AGAIN_S) < _AGAIN_S:
+        if now - self._recent.get(key, -AGAIN_S) < AGAIN_S:
             self.coalesced += 1
             return
         # It waits for our answer, so it is still there to be looked at.
@@ -230,6 +253,7 @@ class Scheduler:
         except trio.WouldBlock:
             self.coalesced += 1
             return
+        self._give_way()
         self._recent[key] = now
         self._recent.move_to_end(key)
         if len(self._recent) > _REMEMBERED:
@@ -245,37 +269,46 @@ class Scheduler:
                 self._filler.cancel(one.fill, "whoever opened it goes through the whole library")
         if walks:
             self.walks += 1
+            if self._foresight is not None:
+                self._foresight.walked(process)
             return
-        self._begin_all(path, os.fsdecode(os.path.basename(path)), process, None)
+        self._begin_all(path, Wish(trigger=os.fsdecode(os.path.basename(path)), process=process))
 
-    def _begin_all(self, path: bytes, trigger: str, process: int, layers: Collection[str] | None) -> list[Standing]:
+    def _begin_all(self, path: bytes, wish: Wish) -> list[Standing]:
         try:
             names = self._shelf.names(path)
+            self._note(names, wish)
             drafts = [os.fsencode(self._config.drafts[one]) for folder, _ in names
                       if (one := os.fsdecode(folder)) in self._config.drafts]  # fmt: skip
             names = [found for draft in drafts for found in self._shelf.names(draft)] + names
-            begun = [self._begin(key, trigger, process, layers) for key in dict.fromkeys(names)]
+            begun = [self._begin(key, wish) for key in dict.fromkeys(names)]
         except OSError as e:
             log.debug("nothing to prefetch for %r: %s", path, e)
             return []
         return [one for one in begun if one is not None]
 
-    def _begin(
-        self, key: tuple[bytes, str], trigger: str, process: int, layers: Collection[str] | None
-    ) -> Standing | None:
+    def _note(self, keys: Collection[Key], wish: Wish) -> None:
+        """Have what is wanted remembered; what is warmed was not opened yet."""
+        for key in keys:
+            if self._foresight is not None and wish.trigger != WARM:
+                self._foresight.opened(name_of(key), wish.process)
+            if self._ahead is not None:
+                self._ahead.wanted(key)
+
+    def _begin(self, key: Key, wish: Wish) -> Standing | None:
         now = time.monotonic()
         with self._lock:
             known = self._models.get(key)
-            lately = trigger != WARM and known is not None and now - known.wanted_s < _AGAIN_S
-            if known is not None and layers is None and (known.is_active or lately):
-                known.wanted_s = now
-                known.load.opened(now, trigger)
+            if known is not None and is_served(known, wish, now):
+                if wish.target is None:
+                    known.wanted_s = now
+                    known.load.opened(now, wish.trigger)
                 return known
         opened = self._shelf.open(*key)
         if opened is None:
             return None
         try:
-            return self._read(key, opened, trigger, process, layers)
+            return self._read(key, opened, wish)
         except BaseException:
             opened.close()
             with self._lock:
@@ -283,9 +316,15 @@ class Scheduler:
                     del self._models[key]
             raise
 
-    def _read(
-        self, key: Key, opened: OpenedModel, trigger: str, process: int, layers: Collection[str] | None
-    ) -> Standing:
+    def read_predicted(self, target: Target) -> Standing | None:
+        """Begin to read a model that nobody asked for; None where it can't be. In a worker thread."""
+        try:
+            return self._begin(target.key, Wish(trigger=PREDICTED, target=target))
+        except OSError as e:
+            log.debug("%s is not read: %s", name_of(target.key), e)
+            return None
+
+    def _read(self, key: Key, opened: OpenedModel, wish: Wish) -> Standing:
         """Plan an opened model, which is this method's from now on unless it raises, and begin to read it."""
         now = time.monotonic()
         if self._config.mode == "whole":
@@ -293,17 +332,21 @@ class Scheduler:
         else:
             learned = self._config.learned(key[0], opened.layout.files)
             plan = plan_of(opened.layout, opened.sizes, learned)
-        wanted = [layer for layer in plan.layers if layers is None or layer.label in layers]
+        wanted = [layer for layer in plan.layers if wish.layers is None or layer.label in wish.layers]
         with self._lock:
             again = self._models.get(key)
-            if again is not None and layers is None and again.is_active:  # two triggers at once
+            if again is not None and again.is_active and is_served(again, wish, now):  # two triggers at once
                 opened.close()
                 return again
             load = self._timeline.begin(
-                name_of(key), trigger, now, [(layer.label, layer.nbytes) for layer in plan.layers]
+                name_of(key), wish.trigger, now, [(layer.label, layer.nbytes) for layer in plan.layers]
             )
-            load.opened(now, trigger)
-            standing = Standing(key, now, trigger, process, plan, None, load)
+            if wish.target is None:
+                load.opened(now, wish.trigger)
+            last_s = now if wish.target is None else max(wish.target.wanted_s, again.wanted_s if again else 0.0)
+            standing = Standing(
+                key, last_s, wish.trigger, wish.process, plan, len(wanted) < len(plan.layers), None, load
+            )
             self._models[key] = standing
             self._models.move_to_end(key)
             while len(self._models) > _REMEMBERED:
@@ -311,44 +354,83 @@ class Scheduler:
             planned = sum(one.plan.nbytes for one in self._models.values())
         need = sum(layer.nbytes for layer in wanted)
         left = need
+        planned += sum(one.reserved_bytes for one in self._found())
         if planned > self._config.budget_bytes:  # only then are all measured: it takes longer than a trigger may
-            left = self._occupancy.make_room(need, self._others(standing))
+            left = self._occupancy.make_room(need, self._others(standing, wish.target.kept if wish.target else ()))
         affordable = _first_of(wanted, left)
         labels = {layer.label for layer in affordable}
-
-        def end() -> None:
-            try:
-                self._measure(standing)
-                self._occupancy.pin(key, plan, opened)
-            finally:
-                with self._measuring:
-                    del self._opened[standing]
-                    opened.close()
-                failure = standing.fill.failure if standing.fill is not None else None
-                load.finished(time.monotonic(), failure or "complete")
-
+        before = self._known_bytes(standing, opened)
+        end = functools.partial(self._end, standing, opened, before)
+        fill = standing.fill = Fill(cut(plan.extents(labels)), opened.fds, end)
         with self._measuring:
             self._opened[standing] = opened
-        fill = standing.fill = Fill(cut(plan.extents(labels)), opened.fds, end)
         if len(affordable) < len(wanted):
             fill.failure = f"the budget of {self._config.budget_bytes} bytes has room for {left} of {need}"
-        self._filler.start(fill)
+        self._filler_of(standing).start(fill)
         self._measure(standing)
         return standing
 
-    def _others(self, standing: Standing | None) -> list[Wanted]:
+    def _known_bytes(self, standing: Standing, opened: OpenedModel) -> int:
+        """What of a model is in memory, where that says what becomes of reading ahead; 0 elsewhere."""
+        if self._ahead is None or not (standing.is_predicted or self._ahead.score.is_open(standing.key)):
+            return 0  # it takes longer than a trigger may
+        found = resident_of_model(opened)
+        if not standing.is_predicted:
+            self._ahead.score.wanted(standing.key, found)
+        return found
+
+    def _end(self, standing: Standing, opened: OpenedModel, before_bytes: int) -> None:
+        """Nothing of a model is being read any more, of which so much was in memory. In a thread of the filler."""
+        fill = standing.fill
+        assert fill is not None, "it has ended"
+        try:
+            self._measure(standing)
+            if standing.is_predicted and self._ahead is not None:
+                self._ahead.score.read(standing.key, resident_of_model(opened) - before_bytes)
+            if not standing.is_predicted:  # what is locked can't leave for what is asked for
+                self._occupancy.pin(standing.key, standing.plan, opened)
+        finally:
+            with self._measuring:
+                del self._opened[standing]
+                self._progress.pop(standing, None)
+                opened.close()
+            now = time.monotonic()
+            if fill.submitted_at is not None and fill.filled_bytes >= _LARGE_BYTES and not standing.is_predicted:
+                self.bandwidth_bytes_s = fill.filled_bytes / max(now - fill.submitted_at, 1e-3)
+            standing.load.finished(now, fill.failure or "complete")
+
+    def standings(self) -> list[Standing]:
+        """The models that were wanted, or read without being. From any thread."""
         with self._lock:
-            return [
-                Wanted(one.key, one.wanted_s, one.plan.nbytes if one.is_active else 0)
-                for one in self._models.values()
-                if one is not standing
-            ]
+            return list(self._models.values())
+
+    def _found(self) -> list[Wanted]:
+        """Models in memory that a daemon before this one read."""
+        if self._ahead is None:
+            return []
+        with self._lock:
+            return [one for one in self._ahead.held() if one.key not in self._models]
+
+    def _others(self, standing: Standing | None, kept: Collection[Key] = ()) -> list[Wanted]:
+        """All models but one; those that are read, or to be kept, as what they will be."""
+        reading = {one.key for one in list(self._opened)}
+        known = [
+            Wanted(one.key, one.wanted_s, one.plan.nbytes if one.key in reading or one.key in kept else 0)
+            for one in self.standings()
+            if one is not standing
+        ]
+        return known + [
+            Wanted(one.key, one.wanted_s, one.reserved_bytes if one.key in kept else 0)
+            for one in self._found()
+            if standing is None or one.key != standing.key
+        ]
 
     # On request; in worker threads
 
     def warm(self, path: bytes, layers: Collection[str] | None) -> list[dict[str, Any]]:
         """Begin to read the models below a path; gives the progress of each."""
-        return [one.document() for one in self._begin_all(path, WARM, 0, layers)]
+        self._give_way()
+        return [one.document() for one in self._begin_all(path, Wish(trigger=WARM, layers=layers))]
 
     def progress(self, names: Collection[str]) -> list[dict[str, Any]]:
         """How far models are that `warm` named."""
@@ -359,11 +441,12 @@ class Scheduler:
         """Drop the models below a path from memory; a page that is mapped stays."""
         found = []
         for key in self._shelf.names(path):
-            with self._lock:
-                known = self._models.get(key)
-            if known is not None and known.fill is not None:
-                self._filler.cancel(known.fill, "it was evicted")
-                known.fill.ended.wait(1)
+            if self._ahead is not None:
+                self._ahead.unwanted(key)
+            for one in [one for one in list(self._opened) if one.key == key]:
+                if one.fill is not None:
+                    self._filler_of(one).cancel(one.fill, "it was evicted")
+                    one.fill.ended.wait(1)
             opened = self._shelf.open(*key)
             if opened is None:
                 continue
@@ -378,57 +461,15 @@ class Scheduler:
 
     def residency(self, path: bytes) -> list[dict[str, Any]]:
         """How much of each layer of the models below a path is in memory."""
-        return self._residency_of(self._shelf.names(path))
-
-    def _residency_of(self, keys: Iterable[Key]) -> list[dict[str, Any]]:
-        found = []
-        for key in keys:
-            opened = self._shelf.open(*key)
-            if opened is None:
-                continue
-            try:
-                layers: list[dict[str, Any]] = [
-                    {"layer": one.label, "bytes": one.nbytes, "resident_bytes": resident_of(one.extents, opened.fds)}
-                    for one in plan_of(opened.layout, opened.sizes).layers
-                ]
-            finally:
-                opened.close()
-            total = sum(opened.sizes.values())
-            found.append({"model": name_of(key), "bytes": total, "layers": layers,
-                          "resident_bytes": sum(layer["resident_bytes"] for layer in layers)})  # fmt: skip
-        return found
+        return self._inventory.of(self._shelf.names(path))
 
     def timeline(self) -> dict[str, Any]:
         """The last loads. Callable from any thread."""
         return self._timeline.document()
 
-    def resident(self) -> list[dict[str, Any]]:
-        """`residency` of the models wanted last, older than a few seconds only where the source does not answer.
-
-        Callable from any thread, and waits a moment at most: whoever asks how a mount is must hear of it even then.
-        """
-        at_s, _ = self._resident
-        if time.monotonic() - at_s >= _RESIDENT_S and self._looking.acquire(blocking=False):
-            looked = threading.Event()
-            threading.Thread(target=self._look, args=(looked,), name="residency", daemon=True).start()
-            looked.wait(_LOOK_S)
-        return self._resident[1]
-
-    def _look(self, looked: threading.Event) -> None:
-        try:
-            with self._lock:
-                keys = [one.key for one in list(self._models.values())[-_SHOWN:]]
-            self._resident = time.monotonic(), self._residency_of(keys)
-        except OSError as e:
-            log.debug("residency is not known: %s", e.strerror)
-        finally:
-            self._looking.release()
-            looked.set()
-
     def status(self) -> dict[str, Any]:
         """The live state. Callable from any thread."""
-        with self._lock:
-            standing = list(self._models.values())
+        standing = self.standings()
         return {
             "mode": self._config.mode,
             **self._occupancy.status(),
@@ -436,27 +477,13 @@ class Scheduler:
             "triggers": self.triggers,
             "coalesced": self.coalesced,
             "walks": self.walks,
-            "filled_bytes": self._filler.filled_bytes,
-            "active": [one.document() for one in standing if one.is_active],
+            "filled_bytes": self._filler.filled_bytes + (self._ahead.filler.filled_bytes if self._ahead else 0),
+            "active": [said for one in standing if (said := one.document())["active"]],
+            "failed": [one.document() for one in standing if one.has_failed][-_SHOWN:],
             "wanted": len(standing),
-            "models": self.resident(),
+            "models": self._inventory.lately(lambda: [one.key for one in self.standings()[-_SHOWN:]]),
+            "predicted": self._ahead.status() if self._ahead is not None else None,
         }
-
-
-def name_of(key: Key) -> str:
-    """A model as users know it: folder and set."""
-    return os.path.join(os.fsdecode(key[0]), key[1])
-
-
-def is_trigger(path: bytes) -> bool:
-    """Whether a loader opens a file of that name before, or when, it loads weights."""
-    name = os.fsdecode(os.path.basename(path))
-    return (
-        format_of(name) is not None
-        or name in _CONFIGURATIONS
-        or name.endswith(".index.json")
-        or name.startswith(_TOKENIZERS)
-    )
 
 
 def _first_of(layers: Sequence[Layer], nbytes: int) -> list[Layer]:

@@ -27,6 +27,7 @@ _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
 }
 WATCH: Final = ("auto", "off")
 PREFETCH: Final = ("layers", "whole", "off")
+PREDICT: Final = ("auto", "off")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
 
@@ -48,6 +49,8 @@ class MountConfig:
             asking; changes show up after it.
         watch: `auto` watches folders for changes where that works, so that the kernel may believe names for longer.
         prefetch: the order in which the weights of a model that is opened are read ahead, or `off`.
+        predict: `auto` remembers which models are opened when, and reads while nobody else does what will likely be
+            opened next, unless prefetch is off.
         memory_budget: what models may take of memory together, as `20GiB`; None is half of what is available.
         pin_layers: layers that are locked in memory once read, as `0-3`.
         draft: model -> the one that drafts for it, as paths below the source; it is read first.
@@ -65,6 +68,7 @@ class MountConfig:
     attribute_timeout_s: float = 1.0
     watch: str = "auto"
     prefetch: str = "layers"
+    predict: str = "auto"
     memory_budget: str | None = None
     pin_layers: str | None = None
     draft: Mapping[str, str] = field(default_factory=dict)
@@ -76,6 +80,8 @@ class MountConfig:
             raise UsageError(f"watch {self.watch!r} is none of {', '.join(WATCH)}")
         if self.prefetch not in PREFETCH:
             raise UsageError(f"prefetch {self.prefetch!r} is none of {', '.join(PREFETCH)}")
+        if self.predict not in PREDICT:
+            raise UsageError(f"predict {self.predict!r} is none of {', '.join(PREDICT)}")
         if not all(isinstance(one, str) for one in self.draft.values()):
             raise UsageError("draft is a table of paths", mend='write [draft] and "big-model" = "small-model"')
         if self.log_level not in LOG_LEVELS:

@@ -7,9 +7,7 @@ import ctypes
 import ctypes.util
 import importlib.metadata
 import os
-import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable
 from typing import Any, Final
@@ -30,7 +28,7 @@ def examine(path: str, start: Callable[[MountConfig], dict[str, Any]], end: Call
     checks = [_kernel(), _fuse_device(), _privileges(), _libfuse()]
     if not any(check.needed and check.state == "missing" for check in checks):
         checks.append(_mount(start, end))
-    return [*checks, *surroundings.checks(), _readahead(path), _criu(), _cuda(), *memory_checks.checks()]
+    return [*checks, *surroundings.checks(), _readahead(path), _cuda(), *memory_checks.checks()]
 
 
 def _kernel() -> Check:
@@ -125,18 +123,6 @@ def _readahead(path: str) -> Check:
         f"{kib} KiB on the disk of {path}: loaders that use mmap read it cold in small pieces",
         f"echo 4096 > {setting}",
     )
-
-
-def _criu() -> Check:
-    program = shutil.which("criu") or "/opt/weightfs/criu/usr/sbin/criu"
-    try:
-        said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=10).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return Check("criu", "missing", "not installed: no snapshots; mounts do not need it", "apt-get install criu")
-    found = re.search(r"(\d+)\.(\d+)", said)
-    if found is None or (int(found[1]), int(found[2])) < (4, 1):
-        return Check("criu", "missing", f"{said.split()[1:2] or said!r} is too old, 4.1 is needed for snapshots")
-    return Check("criu", "ok", found[0])
 
 
 def _cuda() -> Check:

@@ -59,7 +59,11 @@ _IOPRIO_WHO_PROCESS: Final = 1
 _IOPRIO_IDLE: Final = 3 << 13
 _MAP_FAILED: Final = (1 << 64) - 1
 _AT_STATX_DONT_SYNC: Final = 0x4000
+_PR_SET_CHILD_SUBREAPER: Final = 36
 _PROT_READ: Final = 1
+_MADV_RANDOM: Final = 1
+_MADV_HUGEPAGE: Final = 14
+_MADV_POPULATE_READ: Final = 22
 _MAP_SHARED: Final = 1
 _STATX_FLAGS: Final = 0x1000 | 0x100 | 0x800  # AT_EMPTY_PATH, AT_SYMLINK_NOFOLLOW, AT_NO_AUTOMOUNT
 _STATX_BYTES: Final = 256
@@ -86,7 +90,9 @@ _libc.mmap.argtypes = [
 ]
 _libc.mmap.restype = ctypes.c_void_p
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
 _libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _openat2 = ctypes.CDLL(None, use_errno=True).syscall
 _openat2.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
 _openat2.restype = ctypes.c_long
@@ -195,6 +201,12 @@ def umount(target: str, flags: int = 0) -> None:
         raise _failed(target)
 
 
+def adopt_orphans() -> None:
+    """prctl(PR_SET_CHILD_SUBREAPER): descendants of this process whose parent ends become its children."""
+    if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise _failed()
+
+
 def has_capability(number: int) -> bool:
     """Whether this process has a capability in its effective set."""
     with open("/proc/self/status") as status:
@@ -264,6 +276,38 @@ def lock(address: int, nbytes: int) -> None:
     """
     if _libc.mlock(address, nbytes):
         raise _failed()
+
+
+def huge_page_bytes() -> int | None:
+    """How much memory one entry of a page's table maps, None where the kernel was built without."""
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size") as setting:
+            return int(setting.read())
+    except OSError:
+        return None
+
+
+def populate_huge(fd: int, offset: int, nbytes: int) -> None:
+    """Read a range of a file into the page cache in reads, and pages, of `huge_page_bytes`, and of no byte around them.
+
+    The device sees one read for each, whatever its read-ahead is, where a filesystem can have pages of that size; else
+    the same read fills small ones. Before Linux 5.18 the kernel reads page by page: see `mm/filemap.c`,
+    do_sync_mmap_readahead.
+
+    Args:
+        fd: may be of any file that can be mapped.
+        offset: where to begin; what lies before it in the same huge page is read as well.
+        nbytes: more than 0, within the file.
+
+    EFAULT is a file that has ended, or a device that fails.
+    """
+    address = map_shared(fd, offset, nbytes)
+    try:
+        for advice in (_MADV_HUGEPAGE, _MADV_RANDOM, _MADV_POPULATE_READ):
+            if _libc.madvise(address, nbytes, advice):
+                raise _failed()
+    finally:
+        unmap(address, nbytes)
 
 
 def avoid_oom() -> int:

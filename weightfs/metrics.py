@@ -63,6 +63,12 @@ def _of_prefetch(state: Mapping[str, Any]) -> Iterator[Metric]:
     yield CounterMetricFamily("weightfs_prefetch_read_bytes", "Read ahead", state["filled_bytes"])
     yield CounterMetricFamily("weightfs_evicted_bytes", "Dropped from memory", state["evicted_bytes"])
     yield CounterMetricFamily("weightfs_prefetch_triggers", "Opens that call for a model", state["triggers"])
+    if (ahead := state["predicted"]) is not None:
+        yield CounterMetricFamily("weightfs_predicted_read_bytes", "Read before it was asked for", ahead["read_bytes"])
+        yield CounterMetricFamily(
+            "weightfs_predicted_used_bytes", "Of these, there when asked for", ahead["used_bytes"]
+        )
+        yield CounterMetricFamily("weightfs_predicted_wasted_bytes", "Of these, gone by then", ahead["wasted_bytes"])
     resident = GaugeMetricFamily(
         "weightfs_resident_bytes", "In memory, of models last wanted", labels=["model", "layer"]
     )

@@ -36,6 +36,7 @@ from weightfs.errors import UnfitError, UsageError, WeightfsError
 from weightfs.filesystem import Filesystem, FilesystemConfig
 from weightfs.fuse import FuseOperations, errno_of
 from weightfs.handles import HandleTable
+from weightfs.index.history import History
 from weightfs.index.opening import can_open
 from weightfs.index.store import IndexStore
 from weightfs.indexing import Indexer
@@ -201,6 +202,7 @@ class Service:
                 drafts=self.config.draft,
             ),
             self._channel.is_asked,
+            History(self._index.database) if self.config.predict != "off" else None,
         )
         self._filesystem.wanted = self._prefetch.opened
         self._start_watching()
@@ -317,6 +319,8 @@ class Service:
     def _hand_over(self) -> None:
         """Leave everything as it is for the successor: open files stay open in the kernel, and in the ledger."""
         assert self._index is not None
+        if self._prefetch is not None:
+            self._prefetch.remember()
         self._index.commit()  # a successor may use another schema than the journal's
         for _ in range(_FLUSHES):
             if self._link.flush():

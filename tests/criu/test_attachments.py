@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.attachments import Attachment, attachments_of
+from checkpoint.attachments import Attachment, attachments_of, stand_ins
 from checkpoint.criu import RestoreOptions, dump, options_for, restore, restore_options_of
 from checkpoint.errors import CorruptError
 from checkpoint.processes import Process, tree_of
@@ -153,6 +153,59 @@ def test_a_unix_connection(tmp_path: Path, images: str) -> None:
         assert writer.ask() == "2"
         assert ours.recv(100) == b"line 2\n"
     ours.close()
+
+
+def test_without_a_reader_the_first_write_ends_it(tmp_path: Path, images: str) -> None:
+    """Why a pipe to the outside is always given something else."""
+    body = "signal.signal(signal.SIGPIPE, signal.SIG_DFL)\n" + WRITER
+    reading, writing = os.pipe()
+    with target(body, tmp_path, stdout=writing) as writer:
+        os.close(writing)
+        taken(writer, images)
+        os.close(reading)
+        restore(the_criu(), images, RestoreOptions(), 60)
+        os.kill(writer.pid, signal.SIGUSR1)
+        wait_until(lambda: not writer.lives(), "it ends of SIGPIPE")
+
+
+SERVED = """
+connection = socket.socket(fileno=int(sys.argv[2]))
+reading = int(sys.argv[3])
+while True:
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    try:
+        os.write(1, b"x")
+        connection.send(b"?")
+        answer = connection.recv(100), os.read(reading, 100)
+    except BrokenPipeError:
+        answer = b"", os.read(reading, 100)
+    tell(answer)
+    wait()
+"""
+
+
+def test_stand_ins_for_all_that_is_gone(tmp_path: Path, images: str) -> None:
+    ours, theirs = socket.socketpair()
+    own_reading, writing = os.pipe()
+    reading, own_writing = os.pipe()
+    os.write(own_writing, b"in")
+    ours.send(b"hello")
+    arguments = (str(theirs.fileno()), str(reading))
+    with target(SERVED, tmp_path, *arguments, stdout=writing, pass_fds=(theirs.fileno(), reading)) as one:
+        assert one.said() == str((b"hello", b"in"))
+        tree = tree_of(one.pid)
+        needed = [each for each in found(tree) if each.needed]
+        assert sorted(each.kind for each in needed) == ["pipe", "pipe", "socket"]
+        options = options_for(tree)
+        dump(the_criu(), one.pid, images, options, 60)
+        one.process.wait(10)
+        for fd in (own_reading, writing, reading, own_writing):
+            os.close(fd)
+        ours.close()
+        theirs.close()
+        with stand_ins(needed) as pairs:
+            restore(the_criu(), images, replace(restore_options_of(options), inherit=pairs), 60)
+        assert one.ask() == str((b"", b""))
 
 
 TALKER = """

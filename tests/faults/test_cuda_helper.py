@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from checkpoint import cuda_helper
-from checkpoint.cuda import ILLEGAL_STATE, NO_DEVICE, OPERATING_SYSTEM, OUT_OF_MEMORY
+from checkpoint.cuda import ILLEGAL_STATE, NO_DEVICE, NOT_SUPPORTED, OPERATING_SYSTEM, OUT_OF_MEMORY
 from checkpoint.cuda_channel import HelperLostError
 from checkpoint.cuda_helper import Cuda, Deadlines
-from checkpoint.errors import CudaError, RetryError
+from checkpoint.errors import CudaError, MisfitError, RetryError
 from checkpoint.states import State, Step
 from tests.helpers import cuda_double
 from tests.helpers.cuda_bench import DoubleBench, double_bench
@@ -38,6 +38,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DoubleBen
 @pytest.fixture
 def cuda(bench: DoubleBench) -> Iterator[Cuda]:
     with bench.cuda() as one:
+        one.version()  # is open
         yield one
 
 
@@ -60,7 +61,7 @@ def test_a_tree_goes_all_the_way_and_back(bench: DoubleBench, cuda: Cuda) -> Non
     pids = bench.pids(3)
     plain = bench.victim("plain").pid
     assert cuda.find([plain, *pids]) == pids
-    assert cuda.version == "580.00.00"
+    assert cuda.version() == "580.00.00"
     for step in (Step.LOCK, Step.CHECKPOINT, Step.RESTORE, Step.UNLOCK):
         take(cuda, step, pids)
         assert cuda.states(pids) == dict.fromkeys(pids, step.after)
@@ -169,6 +170,20 @@ def test_what_the_undo_can_not_bring_back_is_named_with_where_it_is(bench: Doubl
     assert bench.world.states() == {pids[0]: State.CHECKPOINTED, pids[1]: State.LOCKED, pids[2]: State.LOCKED}
 
 
+def test_a_process_that_moved_on_meanwhile_is_looked_at_again(bench: DoubleBench, cuda: Cuda) -> None:
+    """A call whose helper was killed may still be under way, and the state just read is the one before."""
+    pid = bench.pids(1)[0]
+    bring(bench.world, [pid], State.LOCKED)
+    bench.world.fail("unlock", "refuse", pid=pid, code=ILLEGAL_STATE, times=2)
+    cuda.settle({pid: State.RUNNING})
+    assert bench.world.states() == {pid: State.RUNNING}
+    bring(bench.world, [pid], State.LOCKED)
+    bench.world.fail("unlock", "refuse", pid=pid, code=ILLEGAL_STATE, times=9)
+    with pytest.raises(CudaError) as caught:
+        cuda.settle({pid: State.RUNNING})
+    assert caught.value.stuck == {pid: "locked"}
+
+
 def test_a_process_that_failed_in_the_driver_is_stuck(bench: DoubleBench, cuda: Cuda) -> None:
     pids = bench.pids(2)
     bench.world.set(pids[0], state=int(State.FAILED))
@@ -229,6 +244,26 @@ def test_processes_that_share_gpu_memory_are_refused_and_run_on(bench: DoubleBen
         assert caught.value.stuck == {}
         assert "NCCL" in (caught.value.mend or "")
     assert bench.world.states() == dict.fromkeys(pids, State.RUNNING)
+
+
+def test_managed_memory_is_refused_with_what_to_do_and_all_run_on(bench: DoubleBench, cuda: Cuda) -> None:
+    pids = bench.pids(2)
+    cuda.lock_all(pids, 5.0)
+    bench.world.fail("checkpoint", "refuse", pid=pids[1], code=NOT_SUPPORTED)
+    with pytest.raises(CudaError, match=r"\(801\)") as caught:
+        cuda.checkpoint_all(pids)
+    assert "managed memory" in (caught.value.mend or "")
+    cuda.unlock_all(pids)
+    assert bench.world.states() == dict.fromkeys(pids, State.RUNNING)
+
+
+def test_an_instance_of_a_gpu_is_refused_before_anything_is_done(bench: DoubleBench, cuda: Cuda) -> None:
+    pid = bench.pids(1)[0]
+    bench.world.cut(UUID)
+    with pytest.raises(MisfitError, match="MIG") as caught:
+        cuda.lock_all([pid], 5.0)
+    assert caught.value.exit_code == 3
+    assert bench.world.calls() == []
 
 
 class TestMemory:
@@ -364,56 +399,84 @@ class TestHelper:
         os.kill(bench.world.helpers()[0], signal.SIGINT)
         assert cuda.devices()[0].uuid == UUID
 
-    def test_a_driver_that_can_not_be_opened_says_why(self, bench: DoubleBench) -> None:
+    def test_a_driver_that_can_not_be_opened_says_why_when_it_is_asked(self, bench: DoubleBench) -> None:
         bench.world.fail("open", "refuse", code=NO_DEVICE)
-        with pytest.raises(CudaError) as caught:
-            bench.cuda()
-        assert caught.value.result == NO_DEVICE
-        assert not os.path.exists(f"/proc/{bench.world.helpers()[0]}")
+        with bench.cuda() as cuda:
+            with pytest.raises(CudaError) as caught:
+                cuda.find([1])
+            assert caught.value.result == NO_DEVICE
+            assert not os.path.exists(f"/proc/{bench.world.helpers()[0]}")
+            assert cuda.find([1]) == []  # by another, whose driver opens
 
     @pytest.mark.parametrize("deed", ["die", "hang"])
     def test_a_driver_that_does_not_open(self, bench: DoubleBench, deed: Deed) -> None:
         bench.world.fail("open", deed)
-        with pytest.raises(HelperLostError):
-            bench.cuda(Deadlines(open_s=2.0 if deed == "hang" else 30.0))
+        cuda = bench.cuda(Deadlines(open_s=2.0 if deed == "hang" else 30.0))
+        with cuda, pytest.raises(HelperLostError, match="opening the driver"):
+            cuda.version()
+        assert not os.path.exists(f"/proc/{bench.world.helpers()[0]}")
+
+    def test_it_opens_the_driver_while_its_client_does_something_else(self, bench: DoubleBench) -> None:
+        with bench.cuda():
+            deadline = time.monotonic() + 30
+            while not bench.world.helpers() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert len(bench.world.helpers()) == 1
+
+    def test_one_that_is_not_needed_is_not_waited_for(self, bench: DoubleBench) -> None:
+        bench.world.fail("open", "hang")
+        cuda = bench.cuda()
+        started = time.monotonic()
+        cuda.close()
+        assert time.monotonic() - started < 1.0
+
+    def test_one_that_hangs_does_not_hold_up_the_end(self, bench: DoubleBench) -> None:
+        pid = bench.pids(1)[0]
+        bench.world.set(pid, busy=True)
+        cuda = bench.cuda()
+        interrupt = threading.Timer(1.0, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+        assert cuda.find([pid]) == [pid]
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            cuda.lock_all([pid], 60.0)
+        interrupt.join()
+        started = time.monotonic()
+        cuda.close()
+        assert time.monotonic() - started < 5.0
         assert not os.path.exists(f"/proc/{bench.world.helpers()[0]}")
 
     def test_it_prints_nothing_where_our_document_goes(self, bench: DoubleBench) -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs, bench.cuda() as cuda:
-            assert os.readlink(f"/proc/{bench.world.helpers()[0]}/fd/1") == "/dev/null"
             assert cuda.devices()
+            assert os.readlink(f"/proc/{bench.world.helpers()[0]}/fd/1") == "/dev/null"
 
     def test_it_sees_every_gpu(self, bench: DoubleBench, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-        with bench.cuda():
+        with bench.cuda() as cuda:
+            cuda.version()
             environment = Path(f"/proc/{bench.world.helpers()[0]}/environ").read_bytes()
         assert b"CUDA_VISIBLE_DEVICES" not in environment
 
 
 class TestDetection:
-    def test_without_a_driver_there_is_none_and_it_says_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cuda_helper, "_DEVICE_FILE", "/dev/no-such-device")
+    @pytest.fixture(autouse=True)
+    def _files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cuda_helper, "_CONTROL_FILE", str(tmp_path / "nvidiactl"))
+        monkeypatch.setattr(cuda_helper, "_GPU_FILES", str(tmp_path / "nvidia[0-9]*"))
+
+    def test_without_a_driver_there_is_none_and_it_says_why(self) -> None:
         assert Cuda.detect() is None
-        assert "/dev/no-such-device" in (cuda_helper.absence() or "")
+        assert "no Nvidia driver" in (cuda_helper.absence() or "")
 
-    def test_without_a_gpu_there_is_none(self, bench: DoubleBench, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cuda_helper, "_DEVICE_FILE", "/dev/null")
-        monkeypatch.setattr(cuda_helper, "REAL_DRIVER", cuda_double.MODULE)
-        bench.world.fail("open", "refuse", code=NO_DEVICE)
+    def test_without_a_gpu_there_is_none_and_it_says_why(self, tmp_path: Path) -> None:
+        (tmp_path / "nvidiactl").touch()
         assert Cuda.detect() is None
+        assert "no GPU" in (cuda_helper.absence() or "")
 
-    def test_a_driver_that_can_not_be_used_is_no_absence(
-        self, bench: DoubleBench, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(cuda_helper, "_DEVICE_FILE", "/dev/null")
-        monkeypatch.setattr(cuda_helper, "REAL_DRIVER", cuda_double.MODULE)
-        bench.world.fail("open", "refuse", code=ILLEGAL_STATE)
-        with pytest.raises(CudaError):
-            Cuda.detect()
-
-    def test_with_both_it_is_open(self, bench: DoubleBench, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cuda_helper, "_DEVICE_FILE", "/dev/null")
+    def test_with_both_it_is_there(self, bench: DoubleBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "nvidiactl").touch()
+        (tmp_path / "nvidia3").touch()
         monkeypatch.setattr(cuda_helper, "REAL_DRIVER", cuda_double.MODULE)
         found = Cuda.detect()
         assert found is not None

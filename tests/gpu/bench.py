@@ -7,7 +7,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,13 +22,14 @@ ANSWER_S = 90.0
 class Child:
     """A process of `child.py`, in a session of its own so that what it forks ends with it."""
 
-    def __init__(self, kind: str, mib: int) -> None:
+    def __init__(self, kind: str, mib: int, environment: Mapping[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
             [sys.executable, str(CHILD), kind, str(mib)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
             bufsize=0,
+            env=os.environ | dict(environment or {}),
         )
         self.pid = self._process.pid
         if not self._line().startswith("ok"):
@@ -67,8 +68,11 @@ class RealBench:
             self._helper = Helper(REAL_DRIVER, 120)
         return self._helper
 
-    def victim(self, kind: str, mib: int = 0) -> Child:
-        child = Child(kind, mib)
+    def other_helper(self) -> Helper:
+        return Helper(REAL_DRIVER, 120)
+
+    def victim(self, kind: str, mib: int = 0, environment: Mapping[str, str] | None = None) -> Child:
+        child = Child(kind, mib, environment)
         self._children.append(child)
         return child
 

@@ -9,8 +9,13 @@ Those in `OBSERVED` the double does not play; their answers are recorded to be r
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from checkpoint.cuda_channel import Helper, HelperLostError
@@ -21,6 +26,7 @@ from checkpoint.states import State
 ASK_S = 15.0
 MOVE_S = 120.0
 HANGS = "hangs"
+CHECK = "check"
 
 
 class Victim(Protocol):
@@ -41,8 +47,11 @@ class Bench(Protocol):
     def helper(self) -> Helper:
         """A helper with the driver open; the same each time while it lives."""
 
-    def victim(self, kind: str, mib: int = 0) -> Victim:
-        """A process of a kind of `tests/gpu/child.py`."""
+    def other_helper(self) -> Helper:
+        """Another, which the caller closes."""
+
+    def victim(self, kind: str, mib: int = 0, environment: Mapping[str, str] | None = None) -> Victim:
+        """A process of a kind of `tests/gpu/child.py`; `environment` adds to ours."""
 
     def free_mib(self) -> int:
         """Memory free on the first GPU."""
@@ -128,7 +137,7 @@ def illegal(trace: Trace) -> None:
         trace.move(call, "checkpointed", victim.pid, **({"timeout_ms": 1000} if call == "lock" else {}))
     trace.move("restore", "checkpointed", victim.pid)
     trace.move("unlock", "locked", victim.pid)
-    trace.says("context", victim, "check")
+    trace.says("context", victim, CHECK)
 
 
 def lock_timeout(trace: Trace) -> None:
@@ -139,7 +148,7 @@ def lock_timeout(trace: Trace) -> None:
     trace.says("context", victim, "rest")
     trace.move("lock", "at rest", victim.pid, timeout_ms=5000)
     trace.move("unlock", "at rest", victim.pid)
-    trace.says("context", victim, "check")
+    trace.says("context", victim, CHECK)
 
 
 def two_processes(trace: Trace) -> None:
@@ -149,7 +158,7 @@ def two_processes(trace: Trace) -> None:
         for name, victim in (("one", one), ("two", two)):
             trace.move(call, name, victim.pid, **({"timeout_ms": 5000} if call == "lock" else {}))
     for name, victim in (("one", one), ("two", two)):
-        trace.says(name, victim, "check")
+        trace.says(name, victim, CHECK)
 
 
 def forked(trace: Trace) -> None:
@@ -197,33 +206,81 @@ def wrong_pairs(trace: Trace) -> None:
     trace.move("restore", "to an absent GPU", victim.pid, pairs=tuple((one, absent) for one in uuids))
     trace.move("restore", "to itself", victim.pid, pairs=tuple((one, one) for one in uuids))
     trace.move("unlock", "context", victim.pid)
-    trace.says("context", victim, "check")
+    trace.says("context", victim, CHECK)
 
 
 def managed(trace: Trace) -> None:
     """With managed memory (UVM)."""
     victim = trace.bench.victim("context", 64)
+    trace.calls.append({"seen": victim.tell("seen"), "of": "without"})
     trace.says("context", victim, "managed")
+    trace.calls.append({"seen": victim.tell("seen"), "of": "with"})
     _around(trace, "with managed memory", victim)
 
 
 def shared(trace: Trace) -> None:
-    """Two that share GPU memory (CUDA IPC): how far it goes, and whether the way back is there."""
-    owner, user = (trace.bench.victim("context", 64) for _ in range(2))
-    handle = trace.says("owner", owner, "export").split()
+    """Two that share GPU memory (CUDA IPC), the owner brought back first: the user of it stays away for ever."""
+    _share(trace, ("owner", "user"))
+
+
+def shared_user_first(trace: Trace) -> None:
+    """The same, the one that only uses it brought back first."""
+    _share(trace, ("user", "owner"))
+
+
+def _share(trace: Trace, order: tuple[str, str]) -> None:
+    both = {name: trace.bench.victim("context", 64) for name in ("owner", "user")}
+    handle = trace.says("owner", both["owner"], "export").split()
     if len(handle) < 2:
         return
-    trace.says("user", user, f"import {handle[1]}")
+    trace.says("user", both["user"], f"import {handle[1]}")
     del trace.calls[-1]["tell"]  # the handle is another one each time
-    for name, victim in (("owner", owner), ("user", user)):
+    for name, victim in both.items():
+        trace.calls.append({"seen": victim.tell("seen"), "of": name})
+    for name, victim in both.items():
         trace.move("lock", name, victim.pid, timeout_ms=5000)
-    for name, victim in (("owner", owner), ("user", user)):
+    for name, victim in both.items():
         trace.move("checkpoint", name, victim.pid)
-    for call in ("restore", "unlock"):
-        for name, victim in (("owner", owner), ("user", user)):
-            trace.move(call, name, victim.pid)
-    for victim in (owner, user):
+    for call in ("restore", "unlock", "restore", "unlock"):
+        for name in order:
+            trace.move(call, name, both[name].pid)
+    for victim in both.values():
         victim.end()
+
+
+def meanwhile(trace: Trace) -> None:
+    """Asked by a second caller while a call of a first one about the same process is under way, and after it."""
+    victim = trace.bench.victim("context", 16_384)
+    trace.move("lock", "large", victim.pid, timeout_ms=5000)
+    other = trace.bench.other_helper()
+    for first in ("checkpoint", "restore"):
+        thread = threading.Thread(target=lambda call=first: other.ask(Request(call=call, pid=victim.pid), MOVE_S))
+        thread.start()
+        time.sleep(0.3)  # the call is to be under way, and nothing shows that it is
+        trace.call("state", f"during {first}", victim.pid)
+        trace.call("unlock", f"during {first}", victim.pid)
+        thread.join()
+        trace.call("state", f"after {first}", victim.pid)
+    trace.move("unlock", "large", victim.pid)
+    trace.says("large", victim, CHECK)
+    other.close()
+
+
+def mps(trace: Trace) -> None:
+    """A client of the multi-process service. Its daemon is started for it and ended; no mode of the GPU is changed."""
+    control = "nvidia-cuda-mps-control"
+    if shutil.which(control) is None:
+        trace.calls.append({"lacks": control})
+        return
+    with tempfile.TemporaryDirectory(prefix="mps-") as folder:
+        where = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
+        subprocess.run([control, "-d"], env=os.environ | where, check=True, timeout=30)
+        try:
+            victim = trace.bench.victim("context", 64, where)
+            _around(trace, "client", victim)
+            victim.end()
+        finally:
+            subprocess.run([control], input=b"quit\n", env=os.environ | where, check=True, timeout=60)
 
 
 def _around(trace: Trace, name: str, victim: Victim) -> None:
@@ -232,7 +289,7 @@ def _around(trace: Trace, name: str, victim: Victim) -> None:
     trace.move("checkpoint", name, victim.pid)
     trace.move("restore", name, victim.pid)
     trace.move("unlock", name, victim.pid)
-    trace.says(name, victim, "check")
+    trace.says(name, victim, CHECK)
 
 
 MODELLED: tuple[Callable[[Trace], None], ...] = (
@@ -248,9 +305,17 @@ MODELLED: tuple[Callable[[Trace], None], ...] = (
     wrong_pairs,
     too_little_memory,
 )
-OBSERVED: tuple[Callable[[Trace], None], ...] = (managed, shared)
+OBSERVED: tuple[Callable[[Trace], None], ...] = (managed, meanwhile, shared, shared_user_first)
+ASKED_FOR: tuple[Callable[[Trace], None], ...] = (mps,)
+"""Not run unless named, because they start a service on the machine."""
 
 
 def compared(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A trace without what differs from run to run."""
-    return [{key: value for key, value in one.items() if key not in ("seconds", "why")} for one in calls]
+    """A trace without what differs from run to run, and without what only a GPU can be asked."""
+    wanted = [one for one in calls if one.get("tell") != CHECK]
+    return [{key: value for key, value in one.items() if key not in ("seconds", "why")} for one in wanted]
+
+
+def intact(calls: list[dict[str, Any]]) -> bool:
+    """Whether every process that was asked found its memory as it was."""
+    return all(one["said"] == "ok" for one in calls if one.get("tell") == CHECK)

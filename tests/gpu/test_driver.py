@@ -18,7 +18,7 @@ from checkpoint.errors import CudaError, RetryError
 from checkpoint.states import State
 from tests.gpu import scenarios
 from tests.gpu.bench import RealBench
-from tests.gpu.scenarios import MODELLED, Trace, compared
+from tests.gpu.scenarios import MODELLED, Trace, compared, intact
 
 FACTS = Path(scenarios.__file__).with_name("facts.json")
 WEIGHTS_MIB = 6867  # 7.2 GB
@@ -32,6 +32,7 @@ def test_this_driver_answers_as_recorded(scenario: Callable[[Trace], None], benc
     trace = Trace(bench)
     scenario(trace)
     assert compared(trace.calls) == compared(facts["traces"][scenario.__name__])
+    assert intact(trace.calls)
 
 
 def test_every_cuda_process_is_found_and_no_other(bench: RealBench, cuda: Cuda) -> None:

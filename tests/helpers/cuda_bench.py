@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,7 +61,10 @@ class DoubleBench:
     def cuda(self, deadlines: Deadlines = DEADLINES) -> Cuda:
         return Cuda(cuda_double.MODULE, deadlines)
 
-    def victim(self, kind: str = "context", mib: int = 64) -> Standing:
+    def other_helper(self) -> Helper:
+        return Helper(cuda_double.MODULE, OPEN_S)
+
+    def victim(self, kind: str = "context", mib: int = 64, environment: Mapping[str, str] | None = None) -> Standing:
         one = Standing(self, kind, mib)
         self._standing.append(one)
         return one

@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, NoReturn
 from checkpoint.cuda import (
     ILLEGAL_STATE,
     INVALID_VALUE,
+    NOT_INITIALIZED,
     NOT_READY,
     OPERATING_SYSTEM,
     OUT_OF_MEMORY,
@@ -33,11 +34,11 @@ from checkpoint.states import State, Step
 MODULE: Final = __name__
 FILE_VARIABLE: Final = "CUDA_DOUBLE_WORLD"
 UUID: Final = "GPU-11111111-2222-3333-4444-555555555555"
-NOT_CUDA: Final = INVALID_VALUE
 _MIB: Final = 1 << 20
 _LOOK_S: Final = 0.002
 _NAMES: Final = {
     INVALID_VALUE: "CUDA_ERROR_INVALID_VALUE",
+    NOT_INITIALIZED: "CUDA_ERROR_NOT_INITIALIZED",
     OUT_OF_MEMORY: "CUDA_ERROR_OUT_OF_MEMORY",
     OPERATING_SYSTEM: "CUDA_ERROR_OPERATING_SYSTEM",
     ILLEGAL_STATE: "CUDA_ERROR_ILLEGAL_STATE",
@@ -66,7 +67,9 @@ class World:
     def new(cls, path: Path, gpus: dict[str, int] | None = None) -> World:
         """One without processes. `gpus`: memory in MiB by UUID."""
         devices = gpus if gpus is not None else {UUID: 80_000}
-        path.write_text(json.dumps({"gpus": devices, "processes": {}, "faults": [], "calls": [], "helpers": []}))
+        path.write_text(
+            json.dumps({"gpus": devices, "processes": {}, "faults": [], "calls": [], "helpers": [], "mig": []})
+        )
         return cls(path)
 
     @contextmanager
@@ -101,6 +104,11 @@ class World:
         """Let the next `times` calls of a name go wrong, of a process or of any."""
         with self.change() as world:
             world["faults"].append({"call": call, "deed": deed, "pid": pid, "code": code, "times": times})
+
+    def cut(self, uuid: str) -> None:
+        """Cut a GPU into instances."""
+        with self.change() as world:
+            world["mig"].append(uuid)
 
     def states(self) -> dict[int, State]:
         with self.change() as world:
@@ -201,8 +209,10 @@ class CudaDouble:
 
     def _process(self, world: dict[str, Any], call: str, pid: int) -> dict[str, Any]:
         one: dict[str, Any] | None = world["processes"].get(str(pid))
-        if one is None or not _alive(pid):
-            raise _refused(call, pid, NOT_CUDA)
+        if not _alive(pid):
+            raise _refused(call, pid, OPERATING_SYSTEM)
+        if one is None:
+            raise _refused(call, pid, NOT_INITIALIZED)
         return one
 
     def _moving(self, world: dict[str, Any], step: Step, pid: int) -> dict[str, Any]:
@@ -224,7 +234,7 @@ class CudaDouble:
             total_bytes=total,
             free_bytes=total - sum(used.values()),
             used_bytes=used,
-            mig=False,
+            mig=uuid in world["mig"],
         )
 
     def _fault(self, call: str, pid: int) -> Deed | None:

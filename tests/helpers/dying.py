@@ -1,7 +1,8 @@
-"""Commits or removes a snapshot, and is killed at the system call whose number it is told.
+"""Commits or removes a snapshot again and again, killed one system call later each time.
 
-Run as `python -m tests.helpers.dying STORE ACTION NUMBER`; says how many calls there were when it lives to the end.
-Calls are those that change what is on the disk, so that the whole of each step is tried: before it and after it.
+Run as `python -m tests.helpers.dying FOLDER ACTION`. The stores `FOLDER/0`, `FOLDER/1` and so on exist; the process
+that works on the store of a number is killed instead of making the call of that number. Says the number of the first
+that lived to its end. Calls are those that change what is on the disk: each step is tried, before it and after it.
 """
 
 from __future__ import annotations
@@ -40,15 +41,28 @@ def die_at(number: int) -> list[int]:
     return count
 
 
-def main() -> None:
-    path, action, number = sys.argv[1:]
-    store = Store(path)
-    count = die_at(int(number))
+def act(path: str, action: str, number: int) -> None:
+    """What dies, or does not; raises nothing."""
+    count = die_at(number)
     if action == "remove":
-        store.remove("warm")
+        Store(path).remove("warm")
     else:
-        add(store, "warm", images=NEW, replace=action == "replace", generation=1)
-    print(count[0])
+        add(Store(path), "warm", images=NEW, replace=action == "replace", generation=1)
+    assert count[0] == number
+
+
+def main() -> None:
+    folder, action = sys.argv[1:]
+    for number in range(len(os.listdir(folder))):
+        pid = os.fork()  # no thread runs here
+        if pid == 0:
+            act(os.path.join(folder, str(number)), action, number)
+            return
+        _, status = os.waitpid(pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        if code != -signal.SIGKILL:
+            print(number)
+            sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ def add(
     store: Store, name: str, *, replace: bool = False, images: Mapping[str, bytes] = IMAGES, **changes: Any
 ) -> Snapshot:
     """Put a snapshot into a store."""
-    draft = store.begin(name, replace=replace)
-    for image, content in images.items():
-        with open(os.path.join(draft.images, image), "wb") as file:
-            file.write(content)
-    return draft.commit(manifest_of(draft, **changes))
+    with store.begin(name, replace=replace) as draft:
+        for image, content in images.items():
+            with open(os.path.join(draft.images, image), "wb") as file:
+                file.write(content)
+        return draft.commit(manifest_of(draft, **changes))

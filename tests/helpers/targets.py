@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 
 from checkpoint.criu import Criu, find_criu
 from checkpoint.errors import MisfitError
-from checkpoint.processes import start_ticks
 from tests.helpers.mounting import wait_until
 
 PRELUDE = """
@@ -70,7 +68,7 @@ class Target:
         return self.said()
 
     def lives(self) -> bool:
-        return start_ticks(self.pid) is not None
+        return is_running(self.pid)
 
 
 @contextmanager
@@ -101,16 +99,17 @@ def target(
             end(found.pid)
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process is there and has not ended."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def end(pid: int) -> None:
     """Kill a process that need not be a child, and wait until it is gone or only waits to be waited for."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    ends = time.monotonic() + 10
-    while time.monotonic() < ends:
-        try:
-            with open(f"/proc/{pid}/stat") as file:
-                if file.read().rsplit(")", 1)[1].split()[0] in "ZX":
-                    return
-        except (FileNotFoundError, ProcessLookupError):
-            return
-        time.sleep(0.01)
+    wait_until(lambda: not is_running(pid), "the target has ended", timeout_s=10)

@@ -97,7 +97,7 @@ def test_any_value_anywhere(data: st.DataObject, value: Any) -> None:
         place = place[key]
     place[key] = value
     found = read(sealed(json.dumps(document).encode()))
-    if found is not None:
+    if found is not None:  # and can be written again
         assert decode(encode(found), "") == found
 
 
@@ -163,6 +163,12 @@ def test_a_newer_one_is_a_misfit_and_an_unknown_key_is_not_overlooked() -> None:
         decode(sealed(newer), "")
     with pytest.raises(CorruptError, match="chunks"):
         decode(sealed(json.dumps({**document, "chunks": []}).encode()), "")
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "Infinity", "NaN", "1" + "0" * 400])
+def test_numbers_beyond_all_bounds_are_refused(number: str) -> None:
+    inner = json.dumps(msgspec.to_builtins(WHOLE)).replace("0.5", number).encode()
+    assert read(sealed(inner)) is None
 
 
 def test_numbers_that_json_does_not_have_are_not_written() -> None:

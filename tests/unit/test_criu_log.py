@@ -40,6 +40,13 @@ CASES: list[tuple[str, type[CheckpointError], str | None, str]] = [
         "/srv/run/gm",
         "process 23605 uses this file of 3145728 bytes, whose name is gone: too large to be copied into a snapshot",
     ),
+    (
+        "dump/hidden",
+        TargetError,
+        None,
+        "process 18539 uses /srv/run/hidden/m/sub/f, and another file is found under that name, which replaced it or "
+        "hides it",
+    ),
     ("dump/io_uring", TargetError, None, "process 28043 has an io_uring open, which can't be dumped"),
     (
         "dump/link_remap",

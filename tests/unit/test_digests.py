@@ -24,13 +24,23 @@ def old(path: Path, content: bytes) -> Digested:
     return Digested(blake3=found.blake3, identity=found.identity, started_ns=found.identity.ctime_ns + 10**10)
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, 1 << 20, (1 << 20) + 1, (4 << 20), (9 << 20) + 5])
+@pytest.mark.parametrize(
+    "nbytes", [0, 1, 1 << 20, (1 << 20) + 1, 4 << 20, (9 << 20) + 5, (64 << 20) - 1, 64 << 20, (65 << 20) + 7]
+)
 def test_a_digest_is_that_of_the_bytes(tmp_path: Path, nbytes: int) -> None:
     content = os.urandom(nbytes)
     (tmp_path / "file").write_bytes(content)
     found = digest_file(str(tmp_path / "file"))
     assert found.blake3 == blake3.blake3(content).hexdigest()
     assert found.identity == Identity.of(os.stat(tmp_path / "file"))
+
+
+def test_short_reads_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = os.urandom(66 << 20)
+    (tmp_path / "file").write_bytes(content)
+    preadv = os.preadv
+    monkeypatch.setattr(digests.os, "preadv", lambda fd, parts, at: preadv(fd, [parts[0][:3_000_001]], at))  # type: ignore[attr-defined]
+    assert digest_file(str(tmp_path / "file")).blake3 == blake3.blake3(content).hexdigest()
 
 
 def test_many_files_are_digested_each_by_itself(tmp_path: Path) -> None:
@@ -55,16 +65,17 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
         digest_files([str(tmp_path / "none")])
 
 
+@pytest.mark.parametrize("mebibytes", [9, 80])
 @pytest.mark.parametrize(
     "change",
-    [lambda path: path.write_bytes(b"short"), lambda path: os.truncate(path, 1 << 24), os.utime],
+    [lambda path: path.write_bytes(b"short"), lambda path: os.truncate(path, 1 << 30), os.utime],
     ids=["rewritten", "grown", "touched"],
 )
 def test_a_file_that_changes_while_it_is_read_has_no_digest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object], mebibytes: int
 ) -> None:
     path = tmp_path / "file"
-    path.write_bytes(bytes(9 << 20))
+    path.write_bytes(bytes(mebibytes << 20))
     preadv = os.preadv
 
     def read(fd: int, parts: list[memoryview], at: int) -> int:

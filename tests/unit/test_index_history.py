@@ -278,3 +278,43 @@ def test_a_version_before_the_room_opens_one_that_has_it(state: str, end: Callab
     assert again.number_of(b"l") not in (None, number)
     assert History(again.database).opens() == [("a", 1)], "as it was left"
     again.close()
+
+
+# News
+
+
+def test_what_is_new_is_told_once(record: History) -> None:
+    assert record.since(0) == (b"", [], 0)
+    for second in range(3):
+        record.note("a", second)
+    state, opens, position = record.since(0)
+    assert (state, opens) == (b"", [("a", 0), ("a", 1), ("a", 2)])
+    assert record.since(position) == (None, [], position)
+    record.note("b", 3)
+    state, opens, position = record.since(position)
+    assert (state, opens) == (None, [("b", 3)])
+    record.compact(counted, keep=1)
+    assert record.since(position) == (None, [], position), "what was folded since was known"
+
+
+def test_who_missed_what_was_folded_begins_anew(record: History) -> None:
+    record.note("a", 1)
+    _, _, position = record.since(0)
+    for second in range(2, 10):
+        record.note("a", second)
+    record.compact(counted, keep=2)
+    assert record.since(position)[:2] == (b"7", [("a", 8), ("a", 9)])
+    assert record.since(1000)[:2] == (b"7", [("a", 8), ("a", 9)]), "as after the index was built anew"
+
+
+def test_of_two_that_fold_at_once_one_does(record: History, index: IndexStore) -> None:
+    for second in range(10):
+        record.note("a", second)
+
+    def fold(state: bytes, opens: list[Open]) -> bytes:
+        assert History(index.database).compact(counted, keep=5) == 5, "without the index's lock"
+        return counted(state, opens)
+
+    assert record.compact(fold, keep=5) == 0
+    assert record.state() == b"5"
+    assert len(record.opens()) == 5

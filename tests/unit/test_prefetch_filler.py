@@ -13,6 +13,7 @@ import pytest
 from prefetch.filler import CHUNK_BYTES, Fill, Filler, FillerConfig, cut
 from prefetch.plan import Extent
 from prefetch.residency import drop, resident_bytes
+from weightfs import linux
 
 SOON_S = 10.0
 
@@ -68,6 +69,56 @@ def test_a_file_that_ends_early_ends_its_fill(filler: Filler, file: int) -> None
     assert "ends at byte" in fill.failure
 
 
+def needs_huge_pages() -> None:
+    if linux.kernel_version() < (5, 18) or linux.huge_page_bytes() != CHUNK_BYTES:
+        pytest.skip("this machine lacks huge pages of 2 MiB, or Linux 5.18")
+
+
+def test_nothing_further_is_read_ahead(filler: Filler, file: int) -> None:
+    needs_huge_pages()
+    assert begin(filler, file, (CHUNK_BYTES + 4096, CHUNK_BYTES - 4096)).ended.wait(SOON_S)
+    assert resident_bytes(file, CHUNK_BYTES, CHUNK_BYTES) == CHUNK_BYTES
+    assert resident_bytes(file, 0, size_of(file)) == CHUNK_BYTES
+
+
+def test_a_small_part_is_read_without_the_huge_page_around_it(filler: Filler, file: int) -> None:
+    assert begin(filler, file, (CHUNK_BYTES + 65536, 65536)).ended.wait(SOON_S)
+    assert resident_bytes(file, 0, size_of(file)) == 65536
+
+
+def test_what_has_no_huge_pages_reads_all_of_it_too(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linux, "huge_page_bytes", lambda: None)
+    filler = Filler(FillerConfig(depth=4))
+    fill = begin(filler, file, (0, size_of(file)))
+    assert fill.ended.wait(SOON_S)
+    filler.close()
+    assert fill.filled_bytes + fill.skipped_bytes == size_of(file)
+    assert resident_bytes(file, 0, size_of(file)) == size_of(file)
+
+
+def test_a_device_that_fails_under_a_huge_page_ends_its_fill(
+    filler: Filler, file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_huge_pages()
+
+    def broken(fd: int, offset: int, nbytes: int) -> None:
+        raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+
+    monkeypatch.setattr(linux, "populate_huge", broken)
+    fill = begin(filler, file, (0, CHUNK_BYTES))
+    assert fill.ended.wait(SOON_S)
+    assert fill.failure == f"f: {os.strerror(errno.EIO)}"
+
+
+def test_parts_end_where_huge_pages_do() -> None:
+    parts = list(cut(iter([Extent("f", CHUNK_BYTES - 4096, CHUNK_BYTES + 8192)])))
+    assert [(one.offset, one.nbytes) for one in parts] == [
+        (CHUNK_BYTES - 4096, 4096),
+        (CHUNK_BYTES, CHUNK_BYTES),
+        (2 * CHUNK_BYTES, 4096),
+    ]
+
+
 def test_a_device_that_fails_ends_its_fill_and_no_other(
     filler: Filler, file: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,8 +159,9 @@ def test_a_read_that_never_returns_holds_up_its_thread_alone(
 def test_two_models_take_turns(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
     filler, order = Filler(FillerConfig(depth=1)), list[str]()
 
-    def note(self: Filler, fill: Fill, chunk: Extent, sink: int) -> None:
+    def note(self: Filler, fill: Fill, chunk: Extent, sink: int) -> int:
         order.append(chunk.file)
+        return 0
 
     monkeypatch.setattr(Filler, "_fill", note)
     filler.halt(True)
@@ -147,13 +199,14 @@ def test_beside_a_demand_read_few_are_under_way(file: int, monkeypatch: pytest.M
     lock = threading.Lock()
     asked.set()
 
-    def counted(self: Filler, fill: Fill, chunk: Extent, sink: int) -> None:
+    def counted(self: Filler, fill: Fill, chunk: Extent, sink: int) -> int:
         with lock:
             under_way[0] += 1
             most[0] = max(most[0], under_way[0])
         asked.wait(0.01)
         with lock:
             under_way[0] -= 1
+        return 0
 
     monkeypatch.setattr(Filler, "_fill", counted)
     filler = Filler(FillerConfig(depth=8, depth_beside_demand=2), asked.is_set)

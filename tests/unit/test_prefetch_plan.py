@@ -117,8 +117,8 @@ def test_a_small_gap_of_the_same_layer_is_read_along() -> None:
 
 
 def test_plans_take_milliseconds() -> None:
-    """Measured 2 ms for 1,000 tensors and 25 ms for 10,000; more is allowed here, where others run beside it."""
-    for count, bound_s in ((1000, 0.02), (10_000, 0.15)):
+    """Measured 0.5 ms for 1,000 tensors and 5 ms for 10,000; more is allowed here, where others run beside it."""
+    for count, bound_s in ((1000, 0.005), (10_000, 0.05)):
         layout = layout_of([f"model.layers.{n * 60 // count}.mlp.experts.{n}.w.weight" for n in range(count)])
         took = []
         for _ in range(5):

@@ -93,3 +93,21 @@ def test_what_a_dead_process_left_is_removed_and_what_is_being_made_is_not(store
     assert store.recover() == ("dead",)
     live.commit(manifest_of(live))
     assert [one.name for one in store.list()] == ["live"]
+
+
+def test_what_is_left_of_a_removed_one_goes_with_the_next_snapshot_begun_or_removed(store: Store) -> None:
+    left = Path(store.path, ".removed.a.b.00000000")
+
+    def leave() -> None:
+        (left / "images").mkdir(parents=True)
+        (left / "images" / "pages-1.img").write_bytes(b"left")
+
+    add(store, "warm")
+    leave()
+    store.begin("another").abandon()
+    assert not left.exists()
+    leave()
+    store.remove("warm")
+    assert os.listdir(store.path) == []
+    leave()
+    assert store.recover() == ("a.b",)

@@ -91,21 +91,18 @@ class Watched:
         view = np.frombuffer(self._mapping, dtype=np.uint8)
         self._at, self._size = view.ctypes.data, len(view)
 
-    def has(self, ranges: Sequence[tuple[int, int]]) -> bool:
-        """Whether all of these (offset, bytes) are in memory and up to date."""
-        for offset, nbytes in ranges:
+    def share(self, ranges: Sequence[tuple[int, int]] | None = None) -> float:
+        """The part of these (offset, bytes), or of the whole file, that is in memory and up to date."""
+        found = asked = 0
+        for offset, nbytes in ranges or [(0, self._size)]:
             first = offset // mmap.PAGESIZE * mmap.PAGESIZE
             length = min(offset + nbytes, self._size) - first
             pages = np.zeros(-(-length // mmap.PAGESIZE), dtype=np.uint8)
             if _libc.mincore(self._at + first, length, pages.ctypes.data):
                 raise OSError(ctypes.get_errno(), "mincore")
-            if not (pages & 1).all():
-                return False
-        return True
-
-    def has_all(self) -> bool:
-        """Whether the whole file is."""
-        return self.has([(0, self._size)])
+            found += int((pages & 1).sum())
+            asked += len(pages)
+        return found / asked
 
 
 # The daemon
@@ -127,6 +124,11 @@ class Daemon:
         models = self._models({"command": "residency", "path": name})
         names = [one["model"] for one in models]
         return any(one["active"] for one in self._models({"command": "progress", "models": names}))
+
+    def filled_s(self) -> float | None:
+        """Seconds from the last load's trigger until all of it was read, None before."""
+        loads = ask(self.socket, {"command": "timeline"}, _ANSWER_S)["loads"]
+        return None if loads[-1]["finished_s"] is None else float(loads[-1]["finished_s"])
 
     def wait(self, name: str) -> None:
         """Return once it is not being read any more."""

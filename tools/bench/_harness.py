@@ -170,7 +170,7 @@ def mounted(
     started = time.perf_counter()
     try:
         settings = ["--engine", engine, "--state-dir", state_folder, "--watch", watch]
-        settings += ["--prefetch", prefetch]
+        settings += ["--prefetch", prefetch, "--predict", "off"]
         document = _command("mount", source, point, *settings, "--json")
         yield Mount(source, point, document, time.perf_counter() - started)
     finally:

@@ -7,9 +7,9 @@ The server is an unmodified one (`_plain_server.py`). Rows:
     cold           started from the model's own folder, nothing in memory: neither weights nor Python's libraries
     cold mount     the same from a weightfs mount
     warm mount     everything in memory that can be
-    restore        from a snapshot whose images are in memory; the server had loaded from the mount
+    restore        by `weightfs snapshot restore`, images in memory; the server had loaded from the mount
     restore cold   the same with nothing in memory
-    suspend        GPU memory to the host and back in place, without CRIU
+    suspend        GPU memory to the host and back in place, without CRIU: what `weightfs snapshot` does, less the dump
 
 Every sample ends when the client has the answer to a request, which must be the answer the server gave before. What the
 phases of a row leave unaccounted is a phase of its own. Caches are dropped for the whole machine: needs root.
@@ -36,7 +36,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from checkpoint.criu import Criu, DumpOptions, dump, find_criu, options_for, restore, restore_options_of
+from checkpoint.criu import find_criu
 from checkpoint.cuda_helper import Cuda
 from checkpoint.processes import tree_of
 
@@ -45,6 +45,7 @@ ROWS: Final = ("cold", "cold mount", "warm mount", "restore", "restore cold", "s
 START_S: Final = 240.0
 MOVE_S: Final = 120.0
 WEIGHTFS: Final = shutil.which("weightfs") or "weightfs"
+HUGE_PAGES: Final = "/sys/kernel/mm/transparent_hugepage/enabled"
 _SUBREAPER: Final = 36  # PR_SET_CHILD_SUBREAPER: what CRIU restores is ours to wait for
 
 
@@ -89,14 +90,13 @@ class Place:
     model: str
     mount: str
     device: str
-    criu: Criu
     port: int
     answer: dict[str, Any] | None = None
-    dumped: tuple[DumpOptions, list[int]] | None = None
+    image_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
-    def images(self) -> str:
-        return os.path.join(self.folder, "images")
+    def store(self) -> str:
+        return os.path.join(self.folder, "snapshots")
 
 
 def ask(port: int, path: str = "/", *, timeout_s: float = 30.0) -> dict[str, Any]:
@@ -111,8 +111,7 @@ def ask(port: int, path: str = "/", *, timeout_s: float = 30.0) -> dict[str, Any
 
 def drop_caches() -> None:
     os.sync()
-    with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as file:
-        file.write("3")
+    _write("/proc/sys/vm/drop_caches", "3")
 
 
 def fill_cache(folder: str) -> None:
@@ -178,54 +177,48 @@ def cold(place: Place, model: str, *, warm: bool = False) -> Sample:
 
 
 def snapshot(place: Place) -> Sample:
-    """Start a server from the mount, and put it into `place.images`; the sample is that of the snapshot."""
+    """Start a server from the mount, and snapshot it; the sample is that of the snapshot."""
     server, _ = start(place, place.mount)
-    shutil.rmtree(place.images, ignore_errors=True)
-    os.mkdir(place.images, 0o700)
     clock = Clock()
-    with ExitStack() as stack:
-        cuda, pids = _gpu_side(clock, stack, server.pid)
-        with clock.phase("look at the process"):
-            options = options_for(tree_of(server.pid))
-        if cuda is not None:
-            with clock.phase("CUDA lock"):
-                cuda.lock_all(pids, MOVE_S)
-            with clock.phase("CUDA checkpoint"):
-                cuda.checkpoint_all(pids)
-            # What it holds open is another set without the GPU.
-            options = options_for(tree_of(server.pid))
-        with clock.phase("CRIU dump"):
-            dump(place.criu, server.pid, place.images, options, MOVE_S)
-        sample = clock.sample(same=True)
+    said = weightfs(place, "create", "--pid", str(server.pid), "--replace")
+    sample = _with_phases(clock, said)
     end(server.pid)
-    place.dumped = (options, pids)
+    place.image_bytes = said["bytes"]
     return sample
 
 
 def restored(place: Place, *, warm: bool) -> Sample:
-    """From the images to the answer."""
-    assert place.dumped is not None
-    options, pids = place.dumped
+    """From the command to the answer. The command verifies the images' digests."""
     if warm:
-        fill_cache(place.images)
+        fill_cache(place.store)
         fill_cache(place.mount)
     else:
         drop_caches()
     clock = Clock()
-    with ExitStack() as stack:
-        cuda = _driver(clock, stack) if pids else None
-        with clock.phase("CRIU restore"):
-            pid = restore(place.criu, place.images, restore_options_of(options), MOVE_S)
-        if cuda is not None:
-            with clock.phase("CUDA restore"):
-                cuda.restore_all(pids)
-            with clock.phase("CUDA unlock"):
-                cuda.unlock_all(pids)
-        with clock.phase("answer a request"):
-            answer = ask(place.port)
-        sample = clock.sample(same=answer == place.answer)
-    end(pid)
+    said = weightfs(place, "restore")
+    command = _with_phases(clock, said)
+    clock.phases = {name: seconds for name, seconds in command.phases.items() if name != "unaccounted"}
+    clock.phases["the command itself"] = command.phases["unaccounted"]
+    with clock.phase("answer a request"):
+        answer = ask(place.port)
+    sample = clock.sample(same=answer == place.answer)
+    end(said["pid"])
     return sample
+
+
+def weightfs(place: Place, command: str, *arguments: str) -> dict[str, Any]:
+    """What `weightfs snapshot COMMAND` says."""
+    argv = [WEIGHTFS, "snapshot", command, "server", "--store", place.store, "--no-encrypt", "--json", *arguments]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=2 * MOVE_S, check=False)
+    said: dict[str, Any] = json.loads(done.stdout or "{}")
+    if done.returncode:
+        raise SystemExit(f"weightfs snapshot {command}: status {done.returncode}, {said.get('error')}")
+    return said
+
+
+def _with_phases(clock: Clock, said: dict[str, Any]) -> Sample:
+    clock.phases = {name: float(seconds) for name, seconds in said["phases"].items()}
+    return clock.sample(same=True)
 
 
 def suspended(place: Place, rounds: int) -> list[Sample]:
@@ -330,6 +323,25 @@ def mounted(source: str, mountpoint: str, state: str) -> Iterator[None]:
         subprocess.run([WEIGHTFS, "umount", "--lazy", mountpoint], check=True, stdout=sys.stderr)
 
 
+@contextmanager
+def huge_pages(policy: str | None) -> Iterator[str]:
+    """The machine's policy for anonymous memory, changed for the while if one is given; gives what it is."""
+    with open(HUGE_PAGES, encoding="ascii") as file:
+        before = file.read().split("[")[1].split("]")[0]
+    if policy is not None:
+        _write(HUGE_PAGES, policy)
+    try:
+        yield policy or before
+    finally:
+        if policy is not None:
+            _write(HUGE_PAGES, before)
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w", encoding="ascii") as file:
+        file.write(text)
+
+
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -345,6 +357,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=3, help="samples of each warm row (default 3)")
     options.add_argument("--cold-rounds", type=int, default=1, help="samples of each cold row (default 1)")
     options.add_argument("--folder", default=None, help="where model and images go (default: a temp folder)")
+    options.add_argument("--thp", choices=("always", "madvise", "never"), help="huge pages, for the while")
     options.add_argument("--json", default=None, metavar="FILE", help="write everything there")
     given = options.parse_args()
     rows = given.rows.split(",")
@@ -352,6 +365,7 @@ def main() -> None:
         options.error(f"no such row: {', '.join(sorted(unknown))}")
     ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     with ExitStack() as stack:
+        policy = stack.enter_context(huge_pages(given.thp))
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="coldstart-", dir=given.folder))
         model = os.path.join(folder, "model")
         script = os.path.join(HERE, "_random_llama.py")
@@ -362,16 +376,16 @@ def main() -> None:
         print(f"model: {about}", file=sys.stderr)
         mount = os.path.join(folder, "mount")
         stack.enter_context(mounted(model, mount, os.path.join(folder, "state")))
-        place = Place(folder, model, mount, given.device, find_criu(os.environ.get("CRIU")), free_port())
+        place = Place(folder, model, mount, given.device, free_port())
         samples = measure(place, rows, given.rounds, given.cold_rounds)
-        images = sum(one.stat().st_size for one in os.scandir(place.images)) if os.path.isdir(place.images) else 0
     report = {
         "kernel": platform.release(),
         "cores": os.cpu_count(),
-        "criu": ".".join(map(str, place.criu.version)),
+        "criu": ".".join(map(str, find_criu().version)),
+        "huge_pages": policy,
         "gpus": _gpus(),
         "model": about,
-        "image_bytes": images,
+        "snapshot_bytes": place.image_bytes,
         "rows": [summary(name, ones) for name, ones in samples.items()],
     }
     if given.json:
@@ -385,7 +399,7 @@ def _gpus() -> list[str]:
     if cuda is None:
         return []
     with cuda:
-        return [f"{one.name}, driver {cuda.version}" for one in cuda.devices()]
+        return [f"{one.name}, driver {cuda.version()}" for one in cuda.devices()]
 
 
 if __name__ == "__main__":

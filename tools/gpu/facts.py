@@ -1,7 +1,8 @@
 """Record what this machine's driver answers: `tools/gpu/run tools/gpu/facts.py FILE [SCENARIO...]`, some 2 minutes.
 
 FILE becomes tests/gpu/facts.json of the checkout: what the driver double is held to where there is no GPU. Every
-process it makes is its own and ends with its scenario. It changes no setting of the GPU.
+process it makes is its own and ends with its scenario. It changes no setting of the GPU. With `mps` named, it starts
+and ends an MPS daemon.
 """
 
 from __future__ import annotations
@@ -16,21 +17,25 @@ from checkpoint.cuda_channel import Helper
 from checkpoint.cuda_helper import REAL_DRIVER
 from checkpoint.cuda_program import Request
 from tests.gpu.bench import real_bench
-from tests.gpu.scenarios import MODELLED, OBSERVED, Trace
+from tests.gpu.scenarios import ASKED_FOR, MODELLED, OBSERVED, Trace
 
 
 def machine(helper: Helper) -> dict[str, Any]:
     devices = helper.ask(Request(call="devices"), 30).devices
     return {
         "kernel": os.uname().release,
-        "driver": helper.version,
+        "driver": helper.version(),
         "gpus": [{"name": one.name, "total_bytes": one.total_bytes, "mig": one.mig} for one in devices],
     }
 
 
 def main() -> None:
     path, *names = sys.argv[1:]
-    chosen = [one for one in (*MODELLED, *OBSERVED) if not names or one.__name__ in names]
+    chosen = [
+        one
+        for one in (*MODELLED, *OBSERVED, *ASKED_FOR)
+        if one.__name__ in names or (not names and one not in ASKED_FOR)
+    ]
     started = time.monotonic()
     helper = Helper(REAL_DRIVER, 120)
     document: dict[str, Any] = {"machine": machine(helper), "open_s": round(time.monotonic() - started, 3)}

@@ -19,6 +19,7 @@ _TEXT: Final = frozenset(
         "log_level",
         "watch",
         "prefetch",
+        "predict",
         "pin_layers",
         "memory_budget",
     }

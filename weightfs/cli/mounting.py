@@ -43,6 +43,7 @@ def mount(
     control_group: Annotated[str | None, typer.Option(help="Group that may use the control socket.")] = None,
     watch: Annotated[str | None, typer.Option(help="Watch folders for changes: auto or off.")] = None,
     prefetch: Annotated[str | None, typer.Option(help="Read ahead by layers, whole files, or off.")] = None,
+    predict: Annotated[str | None, typer.Option(help="Read ahead what will likely be opened: auto or off.")] = None,
     pin_layers: Annotated[str | None, typer.Option(help="Layers to lock in memory, as 0-3.")] = None,
     memory_budget: Annotated[str | None, typer.Option(help="For models together, as 20GiB.")] = None,
     config: Annotated[str | None, typer.Option(help="TOML file with the same names.")] = None,
@@ -63,6 +64,7 @@ def mount(
             "log_level": log_level,
             "watch": watch,
             "prefetch": prefetch,
+            "predict": predict,
             "pin_layers": pin_layers,
             "memory_budget": memory_budget,
         }
@@ -298,9 +300,23 @@ def _show_prefetch(state: dict[str, Any]) -> None:
     for one in state["active"]:
         done = one["filled_bytes"] + one["found_bytes"]
         say(f"  reading    {printable(one['model'])}: {human_bytes(done)} of {human_bytes(one['bytes'])}")
+    for one in state.get("failed", ()):
+        say(f"  failed     {printable(one['model'])}: {printable(one['failure'])}")
+    if (ahead := state.get("predicted")) is not None:
+        _show_predicted(ahead)
     for one in state["models"]:
         part = f"{human_bytes(one['resident_bytes'])} of {human_bytes(one['bytes'])}"
         say(f"  in memory  {printable(one['model'])}: {part}")
+
+
+def _show_predicted(state: dict[str, Any]) -> None:
+    read, used, wasted = (human_bytes(state[f"{name}_bytes"]) for name in ("read", "used", "wasted"))
+    waits = f", waits: {printable(state['waits_for'])}" if state["waits_for"] else ""
+    say(f"  predicted  {read} read, {used} used, {wasted} in vain; {state['known']} models known{waits}")
+    for one in state["models"]:
+        part = f"{human_bytes(one['resident_bytes'])} of {human_bytes(one['bytes'])} in memory"
+        likely = f"{one['probability']:.0%} within {state['window_s'] / 3600:g} h"
+        say(f"  foretold   {printable(one['model'])}: {likely}, {part}")
 
 
 def _show_watch(watch: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from weightfs.cli import snapshot_store, snapshotting
+from weightfs.cli import snapshot_run, snapshot_store, snapshotting
 
 snapshot = typer.Typer(
     name="snapshot",
@@ -13,6 +13,7 @@ snapshot = typer.Typer(
 )
 snapshot.command(context_settings=snapshotting.REST)(snapshotting.create)
 snapshot.command()(snapshotting.restore)
+snapshot.command(context_settings=snapshotting.REST)(snapshot_run.run)
 snapshot.command()(snapshotting.recover)
 snapshot.command("list")(snapshot_store.list_snapshots)
 snapshot.command()(snapshot_store.show)

@@ -212,6 +212,8 @@ def require_key_choice(key: str | None, *, no_encrypt: bool) -> None:
 
 def _say_created(made: Created, *, as_json: bool) -> None:
     manifest = made.snapshot.manifest
+    for one in made.findings:
+        sys.stderr.write(printable(f"weightfs: {one}") + "\n")
     if as_json:
         emit(
             {
@@ -220,6 +222,7 @@ def _say_created(made: Created, *, as_json: bool) -> None:
                 "pid": made.pid,
                 "phases": made.seconds,
                 "bytes": {"logical": manifest.bytes_logical, "stored": made.snapshot.bytes_stored},
+                "findings": [one.document() for one in made.findings],
             }
         )
         return

@@ -83,37 +83,68 @@ class History:
         """What `compact` made of the opens before these; b"" when there is nothing."""
         return self._database.read(self._state_of) or b""
 
-    def compact(self, fold: Callable[[bytes, list[Open]], bytes], *, keep: int = MOST_OPENS // 2) -> int:
-        """Fold all but the last `keep` opens into the state, in one transaction; gives how many were folded.
+    def since(self, position: int) -> tuple[bytes | None, list[Open], int]:
+        """What came after a position, in one transaction.
 
         Args:
-            fold: from a state (b"" at first) and opens, oldest first, to the state after them. It runs under the
-                index's lock, may run twice, and gives at most `MOST_STATE_BYTES`; what is larger is not stored.
+            position: what the last call gave; 0 at first.
+
+        Returns:
+            A state, b"" when there is none, if everything is to be learned anew from it and all opens: at first, and
+            where opens behind the position were folded, or the index began anew. None if the opens are to be added to
+            what is known. The opens, oldest first. The new position.
+        """
+
+        def read(txn: Transaction) -> tuple[bytes | None, list[Open], int]:
+            keys = self._open_keys(txn)
+            oldest, newest = (_number(keys[0]), _number(keys[-1])) if keys else (0, 0)
+            goes_on = 0 < position <= newest and oldest <= position + 1
+            if goes_on:
+                keys = [key for key in keys if _number(key) > position]
+            opens = [one for key in keys if (one := self._open_of(txn, key)) is not None]
+            return None if goes_on else self._state_of(txn) or b"", opens, newest
+
+        return self._database.read(read) or (None, [], position)
+
+    def compact(self, fold: Callable[[bytes, list[Open]], bytes], *, keep: int = MOST_OPENS // 2) -> int:
+        """Fold all but the last `keep` opens into the state; gives how many were folded.
+
+        Args:
+            fold: from a state (b"" at first) and opens, oldest first, to the state after them. It runs without the
+                index's lock, and gives at most `MOST_STATE_BYTES`; what is larger is not stored.
             keep: 0 or more.
 
         Raises:
             IndexStoreError: it could not be written; nothing was folded.
         """
+        found = self._database.read(lambda txn: self._old(txn, keep))
+        if found is None or not found[1]:
+            return 0
+        before, old, opens = found
+        state = fold(before, opens)
         folded = 0
 
         def write(txn: Transaction) -> None:
             nonlocal folded
-            keys = self._open_keys(txn)
-            old = keys[: max(0, len(keys) - keep)]
-            folded = len(old)
-            if not old:
-                return
-            opens = [one for key in old if (one := self._open_of(txn, key)) is not None]
-            state = fold(self._state_of(txn) or b"", opens)
+            folded = 0
+            if self._old(txn, keep, len(old))[:2] != (before, old):
+                return  # another daemon was faster
             if len(state) > MOST_STATE_BYTES:
                 log.warning("history: a state of %d bytes is not stored", len(state))
             else:
                 txn.put(_STATE, seal(_ROOM, _STATE, state), db=self._room)
             for key in old:
                 txn.delete(key, db=self._room)
+            folded = len(old)
 
         self._database.write(write)
         return folded
+
+    def _old(self, txn: Transaction, keep: int, most: int | None = None) -> tuple[bytes, list[bytes], list[Open]]:
+        """The state, and the keys and values of all opens but the last `keep`, of these the first `most`."""
+        keys = self._open_keys(txn)
+        old = keys[: max(0, len(keys) - keep)][:most]
+        return self._state_of(txn) or b"", old, [one for key in old if (one := self._open_of(txn, key)) is not None]
 
     @property
     def _room(self) -> Any:

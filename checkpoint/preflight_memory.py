@@ -1,0 +1,101 @@
+"""How much memory and room a snapshot takes, against what there is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from checkpoint.findings import Finding
+from checkpoint.processes import PROC, Process
+
+_SPARE_BYTES: Final = 64 << 20
+"""What CRIU itself, its page maps and the small images take; more than was ever seen."""
+
+
+def private_bytes(processes: Sequence[Process], *, proc: str = PROC) -> int:
+    """What a dump has to save: memory that is in no file with a name, shared memory once.
+
+    An upper bound: pages that are zero, and holes in shared memory, are not saved.
+    """
+    total = 0
+    shared: dict[tuple[int, int], int] = {}
+    for process in processes:
+        total += _anonymous(process.pid, proc)
+        for one in process.mappings:
+            if "s" in one.perms and (one.is_deleted or one.is_memory):
+                key = (one.device, one.inode)
+                shared[key] = max(shared.get(key, 0), one.offset + one.nbytes)
+    return total + sum(shared.values())
+
+
+def _anonymous(pid: int, proc: str) -> int:
+    try:
+        with open(f"{proc}/{pid}/smaps_rollup") as file:
+            lines = file.read().splitlines()
+    except OSError:  # it ended, or it is a kernel thread
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("Anonymous:", "Swap:")))
+
+
+def available_bytes(*, proc: str = PROC) -> int:
+    """What can be had without swapping, by the kernel's own estimate."""
+    with open(f"{proc}/meminfo") as file:
+        return int(next(line for line in file if line.startswith("MemAvailable:")).split()[1]) << 10
+
+
+def memory_findings(
+    processes: Sequence[Process], *, store: str | None, gpu_bytes: int, proc: str = PROC
+) -> Iterator[Finding]:
+    """Too little room for the images, too little memory for what comes from the GPU.
+
+    Args:
+        processes: the whole tree.
+        store: where the images go; None where that is not known.
+        gpu_bytes: what the driver moves to host memory.
+        proc: where /proc is.
+    """
+    needed = private_bytes(processes, proc=proc) + gpu_bytes
+    root = processes[0].pid if processes else 0
+    if store is not None:
+        status = os.statvfs(store)
+        free = status.f_bavail * status.f_frsize
+        if needed + _SPARE_BYTES > free:
+            yield Finding(
+                code="store-space",
+                pid=root,
+                what=f"its memory is up to {needed >> 20} MiB, and {store} has {free >> 20} MiB free",
+                why="the images would not fit",
+                mend="make room (weightfs snapshot prune), or name another store with --store",
+                fatal=True,
+            )
+    available = available_bytes(proc=proc)
+    if gpu_bytes + _SPARE_BYTES > available:
+        yield Finding(
+            code="memory",
+            pid=root,
+            what=f"{gpu_bytes >> 20} MiB of GPU memory have to be held, and {available >> 20} MiB of memory are free",
+            why="the driver keeps it in host memory while the process is dumped",
+            mend="release weights before the snapshot, or end something else",
+            fatal=True,
+        )
+
+
+def restore_finding(nbytes: int, *, proc: str = PROC) -> Finding | None:
+    """Whether the memory of a snapshot fits; None if it does.
+
+    Args:
+        nbytes: what the restored tree takes at once, GPU memory included while the driver holds it.
+        proc: where /proc is.
+    """
+    available = available_bytes(proc=proc)
+    if nbytes + _SPARE_BYTES <= available:
+        return None
+    return Finding(
+        code="memory",
+        pid=0,
+        what=f"the snapshot takes {nbytes >> 20} MiB, and {available >> 20} MiB of memory are free",
+        why="the restore would run out of memory",
+        mend="end something else",
+        fatal=True,
+    )

@@ -1,0 +1,105 @@
+"""What a preflight says of trees that stand in for real ones: GPUs, and what this machine can't have."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from checkpoint.preflight import examine
+from checkpoint.preflight_memory import available_bytes, private_bytes, restore_finding
+from checkpoint.processes import Descriptor, Mapping, Process, namespaces_of
+from checkpoint.sockets import Socket
+
+HERE = namespaces_of("self")
+
+
+def process(*held: Descriptor, mappings: tuple[Mapping, ...] = (), **known: object) -> Process:
+    values = {"pid": 4_194_300, "ppid": 1, "session": 4_194_300, "namespaces": HERE} | known
+    return Process(descriptors=held, mappings=mappings, **values)  # type: ignore[arg-type]
+
+
+def device(path: str, fd: int = 3) -> Descriptor:
+    return Descriptor(fd=fd, target=path, kind="device", rdev=os.makedev(195, 0), flags=os.O_RDWR)
+
+
+def mapped(path: str, perms: str = "rw-s", nbytes: int = 4096, inode: int = 7) -> Mapping:
+    return Mapping(
+        start=0x1000, end=0x1000 + nbytes, perms=perms, offset=0, device=5, inode=inode, path=path, is_deleted=False
+    )
+
+
+def codes(*processes: Process, sockets: dict[int, Socket] | None = None) -> list[tuple[str, bool]]:
+    return [(one.code, one.fatal) for one in examine(processes, sockets=sockets or {})]
+
+
+def test_the_driver_takes_its_own_devices_along() -> None:
+    gpu = device("/dev/nvidia0"), device("/dev/nvidiactl", 4), device("/dev/nvidia-uvm", 5)
+    assert codes(process(*gpu, mappings=(mapped("/dev/nvidia0"), mapped("/dev/nvidia-uvm")))) == []
+
+
+def test_part_of_a_gpu() -> None:
+    assert codes(process(device("/dev/nvidia0"), device("/dev/nvidia-caps/nvidia-cap21", 4))) == [("mig", True)]
+
+
+def test_the_multi_process_service() -> None:
+    held = Descriptor(fd=5, target="socket:[9]", inode=9, kind="socket")
+    control = Socket(inode=9, family="unix", protocol="UNIX-STREAM", remote="/tmp/nvidia-mps/control", peer=10)
+    found = codes(process(device("/dev/nvidia0"), held), sockets={9: control})
+    assert ("mps", True) in found
+
+
+def test_rdma_and_buffers_of_nccl() -> None:
+    assert ("rdma", True) in codes(process(device("/dev/infiniband/uverbs0")))
+    shared = mapped("/dev/shm/nccl-Ab12")
+    assert codes(process(device("/dev/nvidia0"), mappings=(shared,))) == [("gpu-shared-memory", False)]
+    assert codes(process(mappings=(shared,))) == []
+
+
+def test_memory_of_another_device() -> None:
+    assert codes(process(mappings=(mapped("/dev/kfd"),))) == [("device", True)]
+    assert codes(process(mappings=(mapped("/dev/zero"), mapped("/dev/shm/sem")))) == []
+
+
+def test_inside_a_pid_namespace_only_the_first(tmp_path: Path) -> None:
+    inside = process(namespaces=HERE | {"pid": 1})
+    (tmp_path / "self").symlink_to("/proc/self")
+    (tmp_path / "meminfo").symlink_to("/proc/meminfo")
+    (tmp_path / "4194300").mkdir()
+    status = tmp_path / "4194300/status"
+    for last, expected in (("7", ["pid-namespace"]), ("1", [])):
+        status.write_text(f"NSpid:\t4194300\t{last}\nTracerPid:\t0\n")
+        found = examine([inside], sockets={}, proc=str(tmp_path))
+        assert [one.code for one in found] == expected
+
+
+def test_one_that_waits_for_a_disk() -> None:
+    assert codes(process(state="D")) == [("waits", False)]
+
+
+def test_the_fatal_come_first_and_are_documents() -> None:
+    writes = Descriptor(fd=1, target="/var/log/x", kind="file", flags=os.O_WRONLY)
+    ring = Descriptor(fd=2, target="anon_inode:[io_uring]", kind="anon")
+    first, second = examine([process(writes, ring)], sockets={})
+    assert (first.code, second.code) == ("io-uring", "file-written")
+    assert set(first.document()) == {"code", "pid", "what", "why", "mend", "fatal"}
+    assert str(first).startswith("process 4194300: descriptor 2 is an io_uring: ")
+
+
+def test_shared_memory_counts_once() -> None:
+    memory = mapped("/memfd:x", nbytes=1 << 20)
+    both = [process(mappings=(memory,)), process(mappings=(memory, mapped("/memfd:y", nbytes=1 << 12, inode=8)))]
+    assert private_bytes(both) == (1 << 20) + (1 << 12)
+    (me,) = [process(pid=os.getpid())]
+    before = private_bytes([me])
+    ballast = bytearray(b"x" * (32 << 20))
+    assert private_bytes([me]) - before > 24 << 20
+    del ballast
+
+
+@pytest.mark.parametrize(("nbytes", "fits"), [(0, True), (1 << 60, False)])
+def test_memory_for_a_restore(nbytes: int, fits: bool) -> None:
+    assert available_bytes() > 0
+    found = restore_finding(nbytes)
+    assert (found is None) is fits
