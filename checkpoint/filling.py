@@ -92,7 +92,7 @@ class Filling:
         self._gate = Gate()
         self._waiting: list[int] = []
         self._buffer = Buffer()
-        self._counts = threading.Lock()
+        self._lock = threading.Lock()  # the plan, of which many threads take what they have filled in; and counts
 
     def close(self) -> None:
         """Let go of the memory: what is missing of it reads as zeros from now on."""
@@ -151,17 +151,22 @@ class Filling:
             raise CheckpointError(f"userfaultfd told of something unknown ({event.kind:#x})")
 
     def _serve(self, address: int) -> bool:
-        """Fill in a page that is waited for; False if an event must be read first."""
-        run = self._plan.first(address, address + AROUND_BYTES)
+        """Fill in a page that is waited for, and some around it; False if an event must be read first."""
+        with self._lock:
+            run = self._plan.first(address, address + AROUND_BYTES)
         if run is None or run.start > address:
-            done, why = userfaultfd.zero(self.fd, address, PAGE_BYTES)
-            self._count(zeros=done)
+            nbytes = run.start - address if run is not None else AROUND_BYTES
+            done, why = userfaultfd.zero(self.fd, address, nbytes)
+            if why == errno.ENOENT:  # it reaches beyond the mapping
+                done, why = userfaultfd.zero(self.fd, address, PAGE_BYTES)
+            self.zero_bytes += done
         else:
-            self._buffer.read(self._pages, run.offset, run.end - run.start, self.memory.pages)
-            done, why = userfaultfd.copy(self.fd, address, self._buffer.address, run.end - run.start)
+            nbytes = run.end - run.start
+            self._buffer.read(self._pages, run.offset, nbytes, self.memory.pages)
+            done, why = userfaultfd.copy(self.fd, address, self._buffer.address, nbytes)
             if why == errno.ENOENT:
                 done, why = userfaultfd.copy(self.fd, address, self._buffer.address, PAGE_BYTES)
-            self._count(copied=done)
+            self._filled(address, done)
         if why == errno.ESRCH:
             self.has_ended = True
         elif why == errno.EAGAIN and not done:
@@ -180,23 +185,35 @@ class Filling:
             CheckpointError: the memory can't be filled in.
         """
         start = piece.start
-        unmapped_since = None
-        limit = PIECE_BYTES
         while start < piece.end and not self.has_ended and not stopping.is_set():
-            with self._gate.copying():
+            with self._gate.copying(), self._lock:
                 run = self._plan.first(start, piece.end)
-                if run is None:
-                    return
-                nbytes = min(run.end - run.start, limit)
-                buffer.read(self._pages, run.offset, nbytes, self.memory.pages)
-                done, why = userfaultfd.copy(self.fd, run.start, buffer.address, nbytes)
-            start = run.start + done
-            self._count(copied=done)
+            if run is None:
+                return
+            buffer.read(self._pages, run.offset, run.end - run.start, self.memory.pages)
+            start = self._copy(run, buffer, stopping)
+
+    def _copy(self, run: Run, buffer: Buffer, stopping: threading.Event) -> int:
+        """Copy what the plan still has of a run that has been read; gives how far that went until the plan changed."""
+        start, limit = run.start, run.end - run.start
+        unmapped_since = None
+        while start < run.end and not self.has_ended and not stopping.is_set():
+            with self._gate.copying():
+                with self._lock:
+                    part = self._plan.first(start, run.end)
+                if part is None:
+                    return run.end
+                if part.start - part.offset != run.start - run.offset:  # something else has been moved to there
+                    return part.start
+                start = part.start
+                nbytes = min(part.end - start, limit)
+                source = buffer.address + start - run.start
+                done, why = userfaultfd.copy(self.fd, start, source, nbytes)
+                self._filled(start, done)
+            start += done
             if done:
                 unmapped_since = None
-                limit = PIECE_BYTES
             elif why == errno.EEXIST:
-                userfaultfd.wake(self.fd, start, PAGE_BYTES)
                 start += PAGE_BYTES
             elif why == errno.ESRCH:
                 self.has_ended = True
@@ -212,11 +229,14 @@ class Filling:
                 time.sleep(_LOOK_S)
             else:
                 raise self._failed(start, why)
+        return start
 
-    def _count(self, *, copied: int = 0, zeros: int = 0) -> None:
-        with self._counts:
-            self.bytes_copied += copied
-            self.zero_bytes += zeros
+    def _filled(self, start: int, nbytes: int) -> None:
+        """Pages are there, so they leave the plan: if one is missing later, the process has given it up."""
+        if nbytes:
+            with self._lock:
+                self._plan.remove(start, start + nbytes)
+                self.bytes_copied += nbytes
 
     def _failed(self, address: int, why: int) -> CheckpointError:
         return CheckpointError(

@@ -21,7 +21,7 @@ class Run(NamedTuple):
 
 
 class Plan:
-    """Runs of one process. Pages stay in it when they have been filled: a page that is there is not filled again.
+    """Runs of one process.
 
     Args:
         runs: in ascending order, none overlapping.
