@@ -325,10 +325,10 @@ def _end(criu: subprocess.Popen[bytes], work: str) -> bool:
     if criu.poll() is not None:
         return False
     begun = [*family(criu.pid)[1:], *_siblings(work)]
-    criu.kill()
-    for pid, _ in begun:
+    for pid, _ in begun:  # before CRIU: what it traces would run on without it
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    criu.kill()
     criu.wait(_ENDING_S)
     if criu.stderr is not None:
         criu.stderr.close()

@@ -18,6 +18,7 @@ from checkpoint.errors import CheckpointError, CorruptError, RetryError
 from checkpoint.filling import Buffer, Filling
 from checkpoint.page_plan import Run
 from checkpoint.pageserver import PageServer
+from tests.helpers.mounting import wait_until
 from tests.helpers.paged import Dumped, dumped, needs_userfaultfd, served
 from tests.helpers.targets import end, needs_criu, target, the_criu
 
@@ -133,7 +134,7 @@ def test_criu_is_ended_when_a_fault_can_not_be_served(tmp_path: Path, monkeypatc
         with served(gone) as server, pytest.raises(CorruptError, match="Input/output error") as refused:
             restore_and_finish(gone, server)
         assert refused.value.path == str(pages)
-        assert not one.lives() or processes.process(one.pid).has_ended
+        wait_until(lambda: not one.lives() or processes.process(one.pid).has_ended, "nothing half filled is left")
 
 
 def test_criu_fails(tmp_path: Path) -> None:
