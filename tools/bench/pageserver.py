@@ -23,7 +23,7 @@ from typing import Final
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
-from _harness import MIB, Report, Samples, parser, workplace
+from _harness import Report, Samples, parser, workplace
 
 from checkpoint import control, processes
 from checkpoint.criu import dump, find_criu, options_for, restore, restore_options_of
@@ -36,17 +36,17 @@ import hashlib
 ballast = bytearray(os.urandom(16 << 20)) * (int(sys.argv[2]) // 16)
 want = hashlib.blake2b(ballast).digest()
 tell("ready")
-last = time.monotonic()
+last = time.time()
 while True:
     time.sleep(0.0005)
-    now = time.monotonic()
+    now = time.time()
     if now - last > 0.1:
         tell(now)
     last = now
     if signal.sigpending():
         wait()
         tell("same" if hashlib.blake2b(ballast).digest() == want else "other")
-        last = time.monotonic()
+        last = time.time()
 """
 _LIMIT_S: Final = 120.0
 
@@ -118,12 +118,12 @@ WAYS: Final[dict[str, Callable[[Place, str], float]]] = {
 
 
 @contextlib.contextmanager
-def dumped(folder: str, nbytes: int, threads: int | None) -> Iterator[tuple[Place, Callable[[], str], str, int]]:
+def dumped(folder: str, mib: int, threads: int | None) -> Iterator[tuple[Place, Callable[[], str], str, int]]:
     """A process in images: how to restore it, how to ask it whether its memory is the same, where it tells, its pid."""
     criu = find_criu()
     images = os.path.join(folder, "images")
     os.mkdir(images, 0o700)
-    with target(_TARGET, Path(folder), str(nbytes)) as one:
+    with target(_TARGET, Path(folder), str(mib)) as one:
         if one.said(timeout_s=_LIMIT_S) != "ready":
             raise SystemExit("the process to be dumped is not ready")
         options = options_for(processes.tree_of(one.pid))
@@ -140,15 +140,16 @@ def dumped(folder: str, nbytes: int, threads: int | None) -> Iterator[tuple[Plac
 def measure(options: argparse.Namespace, folder: str) -> dict[str, Times]:
     """All rounds, after one of each way that does not count."""
     times = {name: Times() for name in WAYS}
-    with dumped(folder, options.size * MIB, options.threads) as (place, ask, told, pid):
+    with dumped(folder, options.size, options.threads) as (place, ask, told, pid):
         for number in range(options.rounds + 1):
             for name, way in WAYS.items():
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(told)
                 with tempfile.TemporaryDirectory(dir=folder) as work:
                     began = time.monotonic()
+                    since = time.time()
                     last = way(place, work) - began
-                first = _first(told) - began
+                first = _first(told) - since
                 if ask() != "same":
                     raise SystemExit(f"{name}: memory is not what it was")
                 _ended(pid)
