@@ -207,20 +207,27 @@ def decode(raw: bytes, magic: int, path: str) -> Iterator[Fields]:
 
 def _message(raw: bytes, path: str) -> Fields:
     fields: Fields = {}
-    at = 0
-    while at < len(raw):
-        key, at = _varint(raw, at, path)
+    at, ends = 0, len(raw)
+    while at < ends:
+        key = raw[at]
+        at += 1
+        if key > 127:
+            key, at = _varint(raw, at - 1, path)
         value: int | bytes
         kind = key & 7
         if kind == 0:
-            value, at = _varint(raw, at, path)
+            if at < ends and raw[at] < 128:  # a process may have thousands of runs, whose numbers are mostly small
+                value = raw[at]
+                at += 1
+            else:
+                value, at = _varint(raw, at, path)
         elif kind in (1, 2, 5):
             length = 8 if kind == 1 else 4
             if kind == 2:
                 length, at = _varint(raw, at, path)
             value = raw[at : at + length]
             at += length
-            if at > len(raw):
+            if at > ends:
                 raise _damaged(path, "has a field that ends behind its message")
         else:
             raise _damaged(path, f"has a field of the unknown kind {kind}")
@@ -230,17 +237,15 @@ def _message(raw: bytes, path: str) -> Fields:
 
 def _varint(raw: bytes, at: int, path: str) -> tuple[int, int]:
     """A number of 64 bits at most, and where it ends."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= len(raw):
-            break
-        byte = raw[at]
+    value = shift = 0
+    for byte in raw[at : at + 10]:
         at += 1
         value |= (byte & 127) << shift
-        if not byte & 128:
+        if byte < 128:
             if value >= _HIGHEST:
                 break
             return value, at
+        shift += 7
     raise _damaged(path, "has a number that does not end, or is too large")
 
 
