@@ -100,6 +100,22 @@ class Filling:
             os.close(self.fd)
             self.fd = -1
 
+    def require_filled(self) -> None:
+        """Every page was filled in or given up by the process, once all pieces are done.
+
+        Raises:
+            CheckpointError: something else was there before. What it is nobody knows.
+        """
+        with self._lock:
+            left = self._plan.runs
+        if left and not self.has_ended:
+            nbytes = sum(run.end - run.start for run in left)
+            raise CheckpointError(
+                f"{nbytes} bytes of the memory of process {self.memory.pid}, from {left[0].start:#x} on, were there "
+                "before they were filled in",
+                mend="restore with --plain",
+            )
+
     @property
     def is_waited_for(self) -> bool:
         """Whether a fault could not be served yet."""

@@ -144,6 +144,7 @@ class PageServer:
             if not done or self._seconds is None:
                 raise RetryError(f"memory was not filled in within {timeout_s:g} s", mend="give it more time")
         for filling in self._fillings:
+            filling.require_filled()
             filling.close()
         return Filled(
             bytes_copied=sum(one.bytes_copied for one in self._fillings),
@@ -178,10 +179,10 @@ class PageServer:
         while not self._stopping.is_set():
             again = any(one.is_waited_for for one in by_fd.values())
             ready = {fd for fd, _ in poll.poll(_RETRY_S * 1000 if again else None)}
-            if listener.fileno() in ready:
-                self._accept(listener, poll)
             if self._connection is not None and self._connection.fileno() in ready:
                 self._hear(poll, by_fd)
+            if listener.fileno() in ready:
+                self._accept(listener, poll)
             for fd, filling in list(by_fd.items()):
                 if fd in ready or filling.is_waited_for:
                     self._handle(filling, poll, by_fd)
@@ -232,11 +233,18 @@ class PageServer:
         poll.register(filling.fd, select.POLLIN)
 
     def _handle(self, filling: Filling, poll: select.poll, by_fd: dict[int, Filling]) -> None:
+        self._hold()  # what has moved is in no piece until it is put
         children, moved = filling.handle()
         self._put(filling, moved)
         for child in children:
             self._add(child, poll, by_fd)
             self._put(child, child.pieces())
+        self._done_with_one()
+
+    def _hold(self) -> None:
+        """There is something to do: it is not all filled in before `_done_with_one`."""
+        with self._state:
+            self._pending += 1
 
     def _put(self, filling: Filling, pieces: list[Run]) -> None:
         with self._state:
@@ -246,8 +254,9 @@ class PageServer:
 
     def _copy_ahead(self) -> None:
         self._restored_at = time.monotonic()
-        with self._state:
-            self._pending += 1  # until all of them have been put
+        if missing := self._memories.keys() - {one.memory.pid for one in self._fillings}:
+            raise CheckpointError(f"CRIU handed over no memory of process {min(missing)}", path=self._work)
+        self._hold()
         for filling in self._fillings:
             self._put(filling, filling.pieces())
         for number in range(self._threads):
