@@ -69,6 +69,8 @@ def snapshot_point(name: str = "warm") -> Outcome:
         json.dump({"name": name, "pid": os.getpid()}, file)
     os.rename(f"{ready}.new", ready)
     while (go := _go(folder)) == known:
+        if not os.path.isdir(folder):  # whoever watched gave up just now
+            return "unwatched"
         time.sleep(_LOOK_S)
     if go[1] != "restored":
         return "continued"

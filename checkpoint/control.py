@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from checkpoint.errors import CheckpointError
-from checkpoint.processes import Process, process, start_ticks
+from checkpoint.errors import CheckpointError, TargetError
+from checkpoint.processes import Process, process, start_ticks, tree_of
 
 _LOOK_S: Final = 0.005
 _END_S: Final = 30.0
@@ -41,6 +42,20 @@ def end(who: Tree) -> None:
             if time.monotonic() > until:
                 raise CheckpointError(f"process {pid} does not die", mend="see what it waits for: /proc/PID/stack")
             time.sleep(_LOOK_S)
+
+
+def end_all(who: Tree) -> None:
+    """Kill processes with the descendants they have by now, and wait until they are gone.
+
+    Raises:
+        CheckpointError: one does not die.
+    """
+    found = dict(who)
+    for pid, since in who:
+        if is_there(pid, since):
+            with contextlib.suppress(TargetError):
+                found |= dict(tree(tree_of(pid)))
+    end(list(found.items()))
 
 
 def is_there(pid: int, since: int) -> bool:

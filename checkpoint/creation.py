@@ -1,6 +1,7 @@
 """Makes a snapshot of a process tree: all of it, or the tree goes on as it was found.
 
     step            undone by
+    starting        the process that was started for it is ended, here and in each step below
     begun           nothing: nothing has been touched
     locking         CUDA processes are unlocked
     checkpointing   their GPU memory is brought back, they are unlocked
@@ -14,8 +15,10 @@ CRIU leaves the tree stopped, so that it can still go on when the snapshot can't
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,14 +27,14 @@ from typing import Any
 import msgspec
 
 from checkpoint import control, criu, criu_command, in_use, points, processes, stdio
-from checkpoint.errors import CorruptError, CudaError, RetryError, TargetError
+from checkpoint.errors import CheckpointError, CorruptError, CudaError, RetryError, TargetError
 from checkpoint.findings import Finding
 from checkpoint.journal import Entry, Journal
 from checkpoint.machine import fingerprint_here
 from checkpoint.manifest import Manifest
 from checkpoint.phases import Phases
 from checkpoint.preflight import examine
-from checkpoint.processes import Process
+from checkpoint.processes import Process, start_ticks
 from checkpoint.states import State
 from checkpoint.store import Draft, Snapshot, Store
 from checkpoint.tools import Tools
@@ -75,8 +78,18 @@ class Created:
     findings: list[Finding]
 
 
-def create(name: str, pid: int, store: Store, tools: Tools, options: CreateOptions) -> Created:
+def create(
+    name: str, pid: int, store: Store, tools: Tools, options: CreateOptions, journal: Journal | None = None
+) -> Created:
     """Snapshot a process and its descendants.
+
+    Args:
+        name: of the snapshot.
+        pid: of the root.
+        store: takes it.
+        tools: see there.
+        options: see there.
+        journal: of a command that has begun already, with the start of the process.
 
     Raises:
         TargetError: it can't be, as it is.
@@ -96,22 +109,21 @@ def create(name: str, pid: int, store: Store, tools: Tools, options: CreateOptio
                     f"process {each} is {state.word} by another checkpoint",
                     mend="weightfs snapshot recover puts right what one has left half done",
                 )
-    entry = Entry(
-        kind="create",
-        name=name,
-        store=store.path,
-        tree=control.tree(tree),
-        root=pid,
-        command=list(tree[0].cmdline),
-        cuda={each: int(state) for each, state in cuda.items()},
-        leave_running=options.leave_running,
-    )
-    with Journal(entry) as journal:
-        draft = store.begin(name, replace=options.replace)
-        try:
-            return _create(tree, draft, tools, options, phases, journal)
-        finally:
-            draft.abandon()
+    with contextlib.ExitStack() as held:
+        if journal is None:
+            journal = held.enter_context(Journal(Entry(kind="create", name=name, store=store.path)))
+        journal.at(
+            "begun",
+            tree=control.tree(tree),
+            root=pid,
+            command=list(tree[0].cmdline),
+            cuda={each: int(state) for each, state in cuda.items()},
+            leave_running=options.leave_running,
+            point=options.point or journal.entry.point,
+        )
+        store.recover()  # a signal just after `begin` leaves a draft that nobody knows of
+        draft = held.enter_context(store.begin(name, replace=options.replace))
+        return _create(tree, draft, tools, options, phases, journal)
 
 
 def _create(
@@ -155,8 +167,9 @@ def _create(
                 tools.cuda.checkpoint_all(list(entry.cuda))
         journal.at("dumping", images=draft.images)
         with phases.phase("criu dump"):
-            criu.dump(tools.criu, entry.root, draft.images, replace(dumped, leave_stopped=True), options.timeout_s)
-        journal.at("committing")
+            stopped = replace(dumped, leave_stopped=True)
+            criu.dump(tools.criu, entry.root, draft.images, stopped, options.timeout_s, work=entry.work)
+        journal.at("committing", id=draft.id)
         with phases.phase("store"):
             unchanged_since(weights.identities)
             said = Manifest(
@@ -182,19 +195,33 @@ def _create(
                 phases=phases.seconds,
                 hooks=options.point is not None and points.reached(options.point) is not None,
                 point=options.point,
-                criu_options=_kept(criu_command.restore_options_of(dumped)),
+                criu_options=_kept(_restored_with(dumped, entry.root)),
             )
             snapshot = draft.commit(said)
     except BaseException as failure:
-        try:
-            undo(entry, tools)
-        except CudaError as stuck:
-            raise CudaError(f"{failure}; {stuck.message}", mend=stuck.mend, stuck=stuck.stuck) from failure
-        raise
+        made = published(entry)
+        if made is None:
+            try:
+                undo(entry, tools)
+            except CudaError as stuck:
+                raise CudaError(f"{failure}; {stuck.message}", mend=stuck.mend, stuck=stuck.stuck) from failure
+            raise
+        snapshot = made  # a signal came too late
     journal.at("finishing")
     with phases.phase("finish"):
-        finish(entry, tools, options.point)
+        finish(entry, tools)
     return Created(snapshot=snapshot, pid=entry.root, seconds=phases.seconds, findings=found)
+
+
+def published(entry: Entry) -> Snapshot | None:
+    """The snapshot, where a create came so far that it is in the store."""
+    if not entry.id:
+        return None
+    try:
+        found = Store(entry.store).open(entry.name)
+    except CheckpointError:
+        return None
+    return found if found.manifest.id == entry.id else None
 
 
 def undo(entry: Entry, tools: Tools) -> None:
@@ -202,13 +229,19 @@ def undo(entry: Entry, tools: Tools) -> None:
 
     Raises:
         CudaError: a process is stuck.
+        CheckpointError: one that was started for the snapshot does not end.
     """
+    if entry.started:
+        users = [(pid, start_ticks(pid) or 0) for pid in points.users(entry.point)]
+        control.end_all([*entry.tree, *users])
+        shutil.rmtree(entry.point, ignore_errors=True)
+        return
     control.resume(entry.tree)
     if tools.cuda is not None and entry.cuda:
         tools.cuda.settle({pid: State(number) for pid, number in entry.cuda.items()})
 
 
-def finish(entry: Entry, tools: Tools, point: str | None) -> None:
+def finish(entry: Entry, tools: Tools) -> None:
     """After a create has committed: the tree ends, or goes on.
 
     Raises:
@@ -217,10 +250,22 @@ def finish(entry: Entry, tools: Tools, point: str | None) -> None:
     """
     if not entry.leave_running:
         control.end(entry.tree)
+        if entry.point:
+            shutil.rmtree(entry.point, ignore_errors=True)
         return
-    undo(entry, tools)
-    if point is not None:
-        points.let_go(point, "continued")
+    control.resume(entry.tree)
+    if tools.cuda is not None and entry.cuda:
+        tools.cuda.settle({pid: State(number) for pid, number in entry.cuda.items()})
+    if entry.point:
+        points.dismiss(entry.point)
+
+
+def _restored_with(dumped: criu_command.DumpOptions, root: int) -> criu_command.RestoreOptions:
+    """How to restore it; a root folder that is not ours is only known to whoever runs the container."""
+    options = criu_command.restore_options_of(dumped)
+    if options.root is not None and not os.path.samefile(f"/proc/{root}/root", "/"):
+        return replace(options, root=criu_command.ROOT_TO_BE_NAMED)
+    return options
 
 
 def _leads_to(process: Process, fd: int) -> str:

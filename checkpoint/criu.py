@@ -30,7 +30,7 @@ from checkpoint.criu_command import (
     restore_options_of,
 )
 from checkpoint.criu_log import Command, PidTakenError, explain
-from checkpoint.errors import MisfitError, RetryError, TargetError
+from checkpoint.errors import CheckpointError, MisfitError, RetryError, TargetError
 from checkpoint.processes import children_of, family, process, start_ticks
 
 __all__ = [
@@ -222,24 +222,41 @@ def _restore(
         with contextlib.suppress(FileNotFoundError):
             os.unlink(pid_file)
         inherited = [fd for fd, _ in options.inherit]
-        begun = int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
-        try:
-            _run("restore", restore_argv(criu, images, options, work=folder), folder, timeout_s, inherited, check)
-        except BaseException:
-            _end_restored(pid_file, begun)
-            raise
+        _run("restore", restore_argv(criu, images, options, work=folder), folder, timeout_s, inherited, check)
         with open(pid_file) as file:
             return int(file.read())
 
 
-def _end_restored(pid_file: str, begun: int) -> None:
-    """End what a CRIU has restored that had ended by itself when it was given up."""
-    with contextlib.suppress(OSError, ValueError):
-        with open(pid_file) as file:
-            root = int(file.read())
-        for pid, since in family(root):
-            if since >= begun:  # in clock ticks since boot: it is not another process that has the pid by now
-                os.kill(pid, signal.SIGKILL)
+def restored_pid(work: str) -> int | None:
+    """The root that a restore brought back, where it came so far. `work`: as `restore` was given it."""
+    try:
+        with open(os.path.join(work, PID_FILE)) as file:
+            return int(file.read())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def at_work(images: str) -> Iterator[int]:
+    """Every CRIU that dumps to a folder of images or restores from it, with what it has forked but not yet made."""
+    wanted = {b"--images-dir", b"--libdir", os.fsencode(images)}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as file:
+                if wanted <= set(file.read().split(b"\0")):
+                    yield int(name)
+
+
+def wait_for(images: str, timeout_s: float) -> None:
+    """Wait for every CRIU that is `at_work` on a folder; it goes on when whoever started it has died.
+
+    Raises:
+        CheckpointError: one does not come to an end.
+    """
+    until = time.monotonic() + timeout_s
+    while pids := list(at_work(images)):
+        if time.monotonic() > until:
+            raise CheckpointError(f"CRIU (process {pids[0]}) is still busy", path=images, mend=f"kill {pids[0]}")
+        time.sleep(_LOOK_S)
 
 
 def _is_waited_for(pid: int, until: float) -> bool:

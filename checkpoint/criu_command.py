@@ -21,6 +21,9 @@ GHOST_LIMIT_BYTES: Final = 1 << 30
 OWN_MOUNTS: Final = "mnt[]:sm"
 """Each mount that is there outside of the tree's mount namespace too is taken from there, however it propagates."""
 
+ROOT_TO_BE_NAMED: Final = ""
+"""`RestoreOptions.root` of a tree whose root folder is a filesystem of its own, which lies elsewhere each time."""
+
 _OLDEST_WITH_SOCKETS: Final = (4, 2, 0)
 _STRICT_SOCKETS: Final = (6, 16)
 """getsockopt(SO_PASSCRED) fails since then for all but a few families of sockets; older CRIUs ask it of every one."""
@@ -102,6 +105,7 @@ class RestoreOptions:
         leave_stopped: every process is stopped (SIGSTOP) once it is restored.
         join: namespaces to restore into, as `net:/run/netns/x`.
         empty_net: the network namespace is made anew and left empty.
+        enter: the command before CRIU's that has it run in other namespaces; the pid it tells is one in there.
     """
 
     shell_job: bool = False
@@ -118,6 +122,7 @@ class RestoreOptions:
     leave_stopped: bool = False
     join: tuple[str, ...] = ()
     empty_net: bool = False
+    enter: tuple[str, ...] = ()
 
 
 def options_for(processes: Sequence[Process], sockets: Mapping[int, Socket] | None = None) -> DumpOptions:
@@ -183,7 +188,14 @@ def dump_argv(criu: Criu, pid: int, images: str, options: DumpOptions, *, work: 
 def restore_argv(criu: Criu, images: str, options: RestoreOptions, *, work: str | None = None) -> list[str]:
     """The command that restores the tree in the folder `images` and returns once it runs, its pid in a file."""
     o = options
-    argv = [*_common(criu, "restore", images, work), "--restore-detached", "--pidfile", PID_FILE, *_switches(o)]
+    argv = [
+        *o.enter,
+        *_common(criu, "restore", images, work),
+        "--restore-detached",
+        "--pidfile",
+        PID_FILE,
+        *_switches(o),
+    ]
     for fd, resource in o.inherit:
         argv += ["--inherit-fd", f"fd[{fd}]:{resource}"]
     if o.root is not None:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ import msgspec
 from checkpoint.errors import CheckpointError
 
 FOLDER: Final = "/run/weightfs/checkpoint"
+_SUFFIX: Final = ".json"
 
 
 class Entry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -34,7 +36,12 @@ class Entry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         command: the root's command line.
         cuda: the number of the state in which each CUDA process was found, by pid.
         leave_running: a create's option.
+        own_pids: its processes are numbered in a pid namespace of their own, which ends with the command.
         since_ticks: clock ticks since boot when it began.
+        id: the snapshot will have.
+        started: the tree was started for the snapshot; undone, it ends.
+        point: the folder through which the root speaks (`points`), empty without.
+        work: the folder for what CRIU says, which goes with the journal.
     """
 
     kind: str
@@ -48,6 +55,11 @@ class Entry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     cuda: dict[int, int] = {}
     leave_running: bool = False
     since_ticks: int = 0
+    own_pids: bool = False
+    id: str = ""
+    started: bool = False
+    point: str = ""
+    work: str = ""
 
 
 class Journal:
@@ -64,17 +76,18 @@ class Journal:
     def __init__(self, entry: Entry, folder: str = FOLDER) -> None:
         self.entry = entry
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        self._path = os.path.join(folder, f"{secrets.token_hex(8)}.json")
+        self._path = os.path.join(folder, f"{secrets.token_hex(8)}{_SUFFIX}")
+        entry.work = self._path.removesuffix(_SUFFIX)
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._write()
+        os.mkdir(entry.work, 0o700)
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)
+        finish(self._path)
         os.close(self._fd)
 
     def at(self, step: str, **changes: Any) -> None:
@@ -103,6 +116,8 @@ def left_over(folder: str = FOLDER) -> Iterator[tuple[str, Entry]]:
     except FileNotFoundError:
         return
     for name in names:
+        if not name.endswith(_SUFFIX):
+            continue
         path = os.path.join(folder, name)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -112,8 +127,7 @@ def left_over(folder: str = FOLDER) -> Iterator[tuple[str, Entry]]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             content = os.pread(fd, os.fstat(fd).st_size, 0).partition(b"\n")[0]
             if not content or not os.path.exists(path):  # it died before it began anything, or ended meanwhile
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+                finish(path)
                 continue
             try:
                 entry = msgspec.json.decode(content, type=Entry)
@@ -129,6 +143,7 @@ def left_over(folder: str = FOLDER) -> Iterator[tuple[str, Entry]]:
 
 
 def finish(path: str) -> None:
-    """A journal that was left over has been dealt with."""
+    """What a journal tells of has come to an end, or was dealt with."""
+    shutil.rmtree(path.removesuffix(_SUFFIX), ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)

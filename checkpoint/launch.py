@@ -7,9 +7,10 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 
-from checkpoint import control, points, readiness, stdio
-from checkpoint.creation import Created, CreateOptions, create
+from checkpoint import points, readiness, stdio
+from checkpoint.creation import Created, CreateOptions, create, published, undo
 from checkpoint.errors import CheckpointError
+from checkpoint.journal import Entry, Journal
 from checkpoint.processes import start_ticks
 from checkpoint.readiness import Readiness
 from checkpoint.store import Store
@@ -43,23 +44,23 @@ def create_of_command(
     """
     store.require_new(name, replace=options.replace)
     point = points.make()
-    with stdio.log(log or os.path.join(stdio.LOGS, f"{name}.log")) as output:
-        child = start(command, output, point)
-    root = (child.pid, start_ticks(child.pid) or 0)
-    try:
-        readiness.wait(replace(ready, point=point), ready_timeout_s, lambda: child.poll() is None)
-        reached = points.reached(point) is not None
-        made = create(
-            name, child.pid, store, tools, replace(options, point=point if reached else None, command=command)
-        )
-    except BaseException:
-        control.end([root])
-        raise
-    finally:
-        child.poll()
-        if not options.leave_running:
-            child.wait()
-    return made
+    entry = Entry(kind="create", step="starting", name=name, store=store.path, started=True, point=point)
+    child: subprocess.Popen[bytes] | None = None
+    with Journal(entry) as journal, stdio.log(log or os.path.join(stdio.LOGS, f"{name}.log")) as output:
+        try:
+            child = start(command, output, point)
+            journal.at("starting", root=child.pid, tree=[(child.pid, start_ticks(child.pid) or 0)])
+            readiness.wait(replace(ready, point=point), ready_timeout_s, lambda: child.poll() is None)
+            reached = points.reached(point) is not None
+            wanted = replace(options, point=point if reached else None, command=command)
+            return create(name, child.pid, store, tools, wanted, journal)
+        except BaseException:
+            if published(entry) is None:
+                undo(entry, tools)
+            raise
+        finally:
+            if child is not None and not (options.leave_running and child.poll() is None):
+                child.wait()
 
 
 def start(command: Sequence[str], output: int | None, point: str) -> subprocess.Popen[bytes]:

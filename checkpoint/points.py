@@ -8,9 +8,11 @@ Files, because nothing else survives in a process that CRIU dumps and that is re
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
+import shutil
 from typing import Final
 
 VARIABLE: Final = "WEIGHTFS_SNAPSHOT_POINT"
@@ -31,6 +33,26 @@ def reached(folder: str) -> str | None:
             return str(json.load(file)["name"])
     except FileNotFoundError:
         return None
+
+
+def dismiss(folder: str) -> None:
+    """Nobody waits at the point any more: a process that has reached it goes on, one that will does not wait there."""
+    if reached(folder) is not None:
+        let_go(folder, "continued")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def users(folder: str) -> list[int]:
+    """The processes that were started to speak through a folder, and those they have started."""
+    wanted = os.fsencode(f"{VARIABLE}={folder}")
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
+                if wanted in file.read().split(b"\0"):
+                    found.append(int(name))
+    return found
 
 
 def let_go(folder: str, state: str) -> None:

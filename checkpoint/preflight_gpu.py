@@ -1,7 +1,8 @@
 """What the driver's checkpoint can't take along, as far as it shows from outside of the process.
 
 Managed memory (UVM) and memory shared by handle (CUDA IPC) do not show in /proc: of those the driver's own answer tells
-when it is asked to lock or checkpoint.
+when it is asked to lock or checkpoint. Nor does a part of a GPU (MIG) show: every process of an H100 has files below
+/dev/nvidia-caps open. Of that the management library tells (`checkpoint.cuda_helper`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from checkpoint.processes import Process
 from checkpoint.sockets import Socket
 
 _GPU: Final = ("/dev/nvidia", "/dev/dri/")
-_MIG: Final = "/dev/nvidia-caps/"
 _RDMA: Final = "/dev/infiniband/"
 _MPS: Final = "nvidia-mps"
 _SHARED: Final = ("/dev/shm/nccl-", "/dev/shm/cuda.shm")
@@ -26,20 +26,11 @@ def is_gpu_device(path: str) -> bool:
 
 
 def gpu_findings(processes: Sequence[Process], sockets: Mapping[int, Socket]) -> Iterator[Finding]:
-    """MIG, MPS, RDMA and shared memory of several GPU processes."""
+    """MPS, RDMA and shared memory of several GPU processes."""
     for process in processes:
         opened = [one.target for one in process.descriptors] + [one.path for one in process.mappings]
         inodes = {one.inode for one in process.descriptors if one.kind == "socket"}
         uses_gpu = any(path.startswith(_GPU) for path in opened)
-        if any(path.startswith(_MIG) for path in opened):
-            yield Finding(
-                code="mig",
-                pid=process.pid,
-                what="it uses a part of a GPU (MIG)",
-                why="the driver does not checkpoint such processes",
-                mend="use the whole GPU",
-                fatal=True,
-            )
         if any(_MPS in sockets[one].remote for one in inodes & sockets.keys()):
             yield Finding(
                 code="mps",

@@ -1,7 +1,7 @@
 """Our own stdio, for a process in the foreground: given to it as it is where a restore can give it too, else passed on.
 
 A terminal or a socket, such as systemd's journal, can't stand for a log file or a pipe in a restored process, nor can
-these stand for it. So the process has a pipe, and what it writes is passed on.
+these stand for it. So the process has a pipe, and what it writes is passed on; its input is empty.
 """
 
 from __future__ import annotations
@@ -87,8 +87,25 @@ class Relay:
 
 
 def _is_plain(fd: int) -> bool:
+    """Whether it can be snapshotted, and stand for another one in a restore.
+
+    Of a file on a mount that is not ours, as a container's output is when its runtime writes it to a file, CRIU wants
+    the size it had in the dump, whatever it is given for it.
+    """
     mode = os.fstat(fd).st_mode
-    return not stat.S_ISSOCK(mode) and not os.isatty(fd)
+    if stat.S_ISFIFO(mode):
+        return True
+    return not stat.S_ISSOCK(mode) and not os.isatty(fd) and _mount_id(fd) in _mount_ids()
+
+
+def _mount_id(fd: int) -> str:
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
+        return next(line.split()[1] for line in file if line.startswith("mnt_id:"))
+
+
+def _mount_ids() -> set[str]:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        return {line.split(" ", 1)[0] for line in file}
 
 
 def _pass_on(reader: int, to: int) -> None:

@@ -2,8 +2,7 @@
 
     step            undone by
     begun           nothing
-    restoring       CRIU is ended, with what it has restored so far
-    filling         every process of the tree is ended
+    restoring       CRIU is ended, with what it has restored so far, its memory filled in or not
     letting go      every process of the tree is ended
     ready           as above, until the process answers
 
@@ -15,17 +14,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from checkpoint import control, criu, in_use, points, processes, readiness, stdio, userfaultfd
+from checkpoint import control, criu, in_use, instances, points, processes, readiness, stdio, userfaultfd
 from checkpoint.creation import options_kept
+from checkpoint.criu_command import ROOT_TO_BE_NAMED
 from checkpoint.digests import Identity
-from checkpoint.errors import RetryError
+from checkpoint.errors import MisfitError, RetryError
 from checkpoint.fingerprint import Difference, compare, require_fit
+from checkpoint.instances import Instance, Published
 from checkpoint.journal import Entry, Journal
 from checkpoint.machine import fingerprint_here
 from checkpoint.manifest import Manifest
@@ -40,6 +41,8 @@ from checkpoint.weights import check_weights, unchanged_since
 _WAITED_FOR_S: Final = 10.0
 """Init, or whoever started it, may be slow to wait for a process that was dumped."""
 _LOOK_S: Final = 0.02
+_CRIU_S: Final = 120.0
+_CORE_OF_PID_1: Final = "core-1.img"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +57,9 @@ class RestoreOptions:
         command: what it must have been; empty where that does not matter.
         verify: whether the images' digests are compared.
         plain: CRIU reads memory back itself, with one thread.
+        root: where the root filesystem of its container is mounted; None where it has none of its own.
+        own_namespaces: it is a second instance, see `instances`.
+        ports: published from there.
     """
 
     ready: Readiness | None = None
@@ -63,6 +69,9 @@ class RestoreOptions:
     command: Sequence[str] = ()
     verify: bool = True
     plain: bool = False
+    root: str | None = None
+    own_namespaces: bool = False
+    ports: Sequence[Published] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +121,9 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
         with phases.phase("fit"):
             found = differences(manifest, tools, options.command)
             require_fit(name, found)
-            _require_free(manifest)
+            _require_placed(manifest, options)
+            if not options.own_namespaces and not _is_container(manifest):
+                _require_free(manifest)
             if tools.cuda is not None:
                 tools.cuda.require_free(manifest.gpu_bytes)
         with phases.phase("weights"):
@@ -126,21 +137,26 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
             store=store.path,
             images=snapshot.images,
             root=manifest.root_pid,
-            command=manifest.command,
+            own_pids=options.own_namespaces,
             since_ticks=int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")),
         )
-        with Journal(entry) as journal:
-            pid, filled, warnings = _restored(snapshot, tools, options, phases, journal)
-            journal.at("letting go", tree=processes.family(pid), root=pid)
+        with Journal(entry) as journal, _instance(options, phases) as instance:
             try:
-                _let_go(manifest, journal.entry.tree, weights, tools, phases)
+                journal.at("restoring")
+                inside, filled = _memory_filled(snapshot, entry, tools, options, phases, instance)
+                pid = inside
+                if instance is not None:
+                    pid = instance.pids()[inside]
+                journal.at("letting go", tree=control.tree(processes.tree_of(pid)), root=pid)
+                _let_go(manifest, entry.tree, weights, tools, phases, instance)
                 if options.ready is not None:
                     journal.at("ready")
-                    root = journal.entry.tree[0]
                     with phases.phase("ready"):
-                        readiness.wait(options.ready, options.timeout_s, lambda: control.is_there(*root))
+                        _wait(options.ready, options, entry.tree[0], instance)
+                if instance is not None:
+                    instance.keep(inside)
             except BaseException:
-                control.end(journal.entry.tree)
+                undo(entry)
                 raise
     return Restored(
         manifest=manifest,
@@ -148,9 +164,67 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
         seconds=phases.seconds,
         bytes_read=manifest.bytes_logical,
         differences=found,
-        warnings=[*warnings, *_counted(manifest, tools)],
+        warnings=[*_slower(options, filled), *_counted(manifest, tools)],
         filled=filled,
     )
+
+
+def undo(entry: Entry) -> None:
+    """End what a restore has brought back so far, from wherever it stopped.
+
+    Raises:
+        CheckpointError: CRIU, which goes on when its command has died, does not end; or a process does not.
+    """
+    if entry.tree:
+        control.end_all(entry.tree)
+    elif entry.step == "restoring" and not entry.own_pids:
+        criu.wait_for(entry.images, _CRIU_S)
+        pid = criu.restored_pid(entry.work)
+        if pid is not None and (since := start_ticks(pid)) is not None and since >= entry.since_ticks:
+            control.end_all([(pid, since)])
+
+
+@contextlib.contextmanager
+def _instance(options: RestoreOptions, phases: Phases) -> Iterator[Instance | None]:
+    if not options.own_namespaces:
+        yield None
+        return
+    with contextlib.ExitStack() as held:
+        with phases.phase("namespaces"):
+            instance = held.enter_context(instances.made(options.ports))
+        yield instance
+
+
+def _wait(ready: Readiness, options: RestoreOptions, root: tuple[int, int], instance: Instance | None) -> None:
+    inside = instance.network() if instance is not None and not options.ports else contextlib.nullcontext()
+    with inside:
+        readiness.wait(ready, options.timeout_s, lambda: control.is_there(*root))
+
+
+def _is_container(manifest: Manifest) -> bool:
+    """Whether its root is pid 1 of a pid namespace, which the images hold."""
+    return any(file.name == _CORE_OF_PID_1 for file in manifest.files)
+
+
+def _require_placed(manifest: Manifest, options: RestoreOptions) -> None:
+    """Refuse what can't be restored where it is to go."""
+    inside = "or have the container run `weightfs snapshot run`, which needs neither"
+    root = options_kept(manifest.criu_options).root
+    if root == ROOT_TO_BE_NAMED and options.root is None:
+        raise MisfitError(
+            "the process had the root filesystem of a container", mend=f"mount it and name it with --root, {inside}"
+        )
+    if root is None and options.root is not None:
+        raise MisfitError("the process had no mounts of its own, and takes no --root", mend="leave it away")
+    if not _is_container(manifest):
+        return
+    if options.own_namespaces:
+        raise MisfitError("the process brings its own pid and network namespace", mend="leave --new-pidns away")
+    if manifest.cuda_pids:
+        raise MisfitError(
+            "the process was pid 1 of a container and used a GPU: which of its processes did is not known any more",
+            mend="make the snapshot with `weightfs snapshot run --create` inside the container",
+        )
 
 
 def _require_free(manifest: Manifest) -> None:
@@ -170,59 +244,85 @@ def _require_free(manifest: Manifest) -> None:
             time.sleep(_LOOK_S)
 
 
-def _restored(
-    snapshot: Snapshot, tools: Tools, options: RestoreOptions, phases: Phases, journal: Journal
-) -> tuple[int, Filled | None, list[str]]:
-    """The pid of the root, whose tree is stopped with all its memory in place; what was filled in; and warnings."""
-    manifest = snapshot.manifest
+def _memory_filled(
+    snapshot: Snapshot,
+    entry: Entry,
+    tools: Tools,
+    options: RestoreOptions,
+    phases: Phases,
+    instance: Instance | None,
+) -> tuple[int, Filled | None]:
+    """Restore the tree, stopped; gives the pid of the root, in its instance, and what the page server filled in."""
+    manifest, work = snapshot.manifest, entry.work
     replaced = [(fd, resource, path) for fd, resource, path in manifest.replaced]
     default = os.path.join(stdio.LOGS, f"{manifest.name}.log")
-    obstacle = None if options.plain else userfaultfd.reason_against()
     with contextlib.ExitStack() as held:
-        work = held.enter_context(tempfile.TemporaryDirectory(prefix="weightfs-restore-"))
         if options.attached is not None:
             inherit = stdio.callers(replaced, options.attached)
         else:
             inherit = held.enter_context(stdio.opened(replaced, options.log, default))
-        server = None
-        if not options.plain and obstacle is None:
-            server = held.enter_context(PageServer(snapshot.images, work))
+        kept = options_kept(manifest.criu_options)
         wanted = replace(
-            options_kept(manifest.criu_options),
+            kept,
+            root=options.root or kept.root,
             leave_stopped=True,
             inherit=inherit,
             sibling=options.attached is not None,
-            lazy_pages=server is not None,
+            enter=instance.enter if instance is not None else (),
         )
-        journal.at("restoring")
+        if options.plain or userfaultfd.reason_against() is not None:
+            with phases.phase("criu restore"):
+                return criu.restore(tools.criu, snapshot.images, wanted, options.timeout_s, work=work), None
+        server = held.enter_context(PageServer(snapshot.images, work))
+        wanted = replace(wanted, lazy_pages=True)
         try:
             with phases.phase("criu restore"):
-                check = server.check if server is not None else None
-                pid = criu.restore(tools.criu, snapshot.images, wanted, options.timeout_s, work=work, check=check)
-            journal.at("filling", tree=processes.family(pid), root=pid)
-            if server is None:
-                return pid, None, [f"CRIU alone read memory back: {obstacle}"] if obstacle else []
+                pid = criu.restore(
+                    tools.criu, snapshot.images, wanted, options.timeout_s, work=work, check=server.check
+                )
             with phases.phase("memory"):
-                return pid, server.finish(options.timeout_s), []
+                return pid, server.finish(options.timeout_s)
         except BaseException:
-            # Before the page server goes, which lets memory that is missing read as zeros.
-            control.end(journal.entry.tree)
+            if instance is None:  # which ends what is in it
+                _kill(entry)
             raise
 
 
+def _kill(entry: Entry) -> None:
+    """Kill what is half filled, while the page server still keeps it from reading zeros: `undo` waits for its end."""
+    root = criu.restored_pid(entry.work)
+    for pid, since in processes.family(root) if root is not None else ():
+        if since >= entry.since_ticks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _slower(options: RestoreOptions, filled: Filled | None) -> list[str]:
+    """Warns where CRIU alone had to read memory back."""
+    reason = userfaultfd.reason_against() if filled is None and not options.plain else None
+    return [f"CRIU alone read memory back, slower: {reason}"] if reason is not None else []
+
+
 def _let_go(
-    manifest: Manifest, tree: control.Tree, weights: Mapping[str, Identity], tools: Tools, phases: Phases
+    manifest: Manifest,
+    tree: control.Tree,
+    weights: Mapping[str, Identity],
+    tools: Tools,
+    phases: Phases,
+    instance: Instance | None,
 ) -> None:
     unchanged_since(weights)
     if manifest.point is not None:
         points.let_go(manifest.point, "restored")
     control.resume(tree)
     if manifest.cuda_pids and tools.cuda is not None:
+        outside = instance.pids() if instance is not None else {}
+        pids = [outside.get(pid, pid) for pid in manifest.cuda_pids]
         with phases.phase("cuda restore"):
-            tools.cuda.restore_all(manifest.cuda_pids)
+            tools.cuda.restore_all(pids)
         with phases.phase("cuda unlock"):
             unchanged_since(weights)
-            tools.cuda.unlock_all(manifest.cuda_pids)
+            tools.cuda.unlock_all(pids)
 
 
 def _counted(manifest: Manifest, tools: Tools) -> list[str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -170,7 +169,7 @@ def _started(
             around.say(f"no snapshot: {e}" if options.create else f"{e}")
     finally:
         if point is not None:
-            _dismiss(point)
+            points.dismiss(point)
     return None
 
 
@@ -194,14 +193,6 @@ def _snapshot(name: str, options: RunOptions, around: Surroundings, parent: Fore
         for finding in created.findings:
             around.say(str(finding))
         around.say(f"{name} snapshotted, {sum(created.seconds.values()):.3f} s")
-
-
-def _dismiss(point: str) -> None:
-    """Nobody waits at the point any more: a process that has reached it goes on, one that will does not wait there."""
-    if points.reached(point) is not None:
-        points.let_go(point, "continued")
-    else:
-        shutil.rmtree(point, ignore_errors=True)
 
 
 def _start(command: Sequence[str], fds: tuple[int, int, int], point: str | None) -> subprocess.Popen[bytes]:

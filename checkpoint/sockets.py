@@ -7,7 +7,6 @@ from the kernel's sock_diag interface (sock_diag(7)), since /proc does not tell 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import ipaddress
 import os
 import socket
@@ -18,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from checkpoint.processes import PROC, Process
+from weightfs import linux
 
 Family = Literal["tcp", "udp", "raw", "unix", "other"]
 
@@ -37,7 +37,6 @@ _UNIX_DIAG_PEER: Final = 2
 _HEADER: Final = struct.Struct("=IHHII")
 _UNIX_MESSAGE: Final = struct.Struct("=BBBxIII")
 _ATTRIBUTE: Final = struct.Struct("=HH")
-_CLONE_NEWNET: Final = 0x40000000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,32 +178,22 @@ def _unix(pid: int, proc: str) -> list[Socket]:
         return _ask_unix()
     outcome: list[list[Socket] | OSError] = []
 
-    def there() -> None:
+    def ask() -> None:
         # A thread of its own: it ends in that namespace, and this process stays where it is.
         try:
-            _enter_net(f"{proc}/{pid}/ns/net")
+            with open(f"{proc}/{pid}/ns/net", "rb") as there:
+                linux.enter_network(there.fileno())
             outcome.append(_ask_unix())
         except OSError as e:
             outcome.append(e)
 
-    thread = threading.Thread(target=there)
+    thread = threading.Thread(target=ask)
     thread.start()
     thread.join()
     result = outcome[0]
     if isinstance(result, OSError):
         raise result
     return result
-
-
-def _enter_net(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)  # os.setns came with Python 3.12
-        if libc.setns(fd, _CLONE_NEWNET):
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), path)
-    finally:
-        os.close(fd)
 
 
 def _ask_unix() -> list[Socket]:

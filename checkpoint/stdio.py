@@ -30,8 +30,8 @@ class Given:
 
     Attributes:
         own: the caller's descriptors 0, 1 and 2, duplicated above 2.
-        plain: the same, with a pipe to the caller where that is a terminal or a socket: only files and pipes can stand
-            for files and pipes.
+        plain: the same, with a pipe to the caller (for input: nothing) where that is a terminal or a socket: only files
+            and pipes can stand for files and pipes.
     """
 
     own: tuple[int, int, int]

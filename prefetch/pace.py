@@ -47,7 +47,7 @@ _GAP_BESIDE_SMALL: Final = 25
 _GAP_BESIDE_LARGE: Final = 6
 """How many times longer than a read the gap behind it is."""
 _GAP_S: Final = 0.002, 0.25
-_READ_BYTES: Final = 2 << 20
+_READ_BYTES: Final = 4 << 20
 _READ_S: Final = 0.001
 """How long the disk has to do with one of ours, until it was seen."""
 _SECTOR: Final = 512

@@ -6,6 +6,7 @@ Layouts and numbers are those of the kernel's uapi headers (`linux/stat.h`, `lin
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -59,8 +60,10 @@ _IOPRIO_WHO_PROCESS: Final = 1
 _IOPRIO_IDLE: Final = 3 << 13
 _MAP_FAILED: Final = (1 << 64) - 1
 _AT_STATX_DONT_SYNC: Final = 0x4000
+_CLONE_NEWNET: Final = 0x40000000
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _PROT_READ: Final = 1
+_BALLOON_REPORTS: Final = 5
 _MADV_RANDOM: Final = 1
 _MADV_HUGEPAGE: Final = 14
 _MADV_POPULATE_READ: Final = 22
@@ -90,6 +93,7 @@ _libc.mmap.argtypes = [
 ]
 _libc.mmap.restype = ctypes.c_void_p
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.setns.argtypes = [ctypes.c_int, ctypes.c_int]
 _libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
 _libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -207,6 +211,12 @@ def adopt_orphans() -> None:
         raise _failed()
 
 
+def enter_network(fd: int) -> None:
+    """setns(2): this thread is in the network namespace `fd` is open for; os.setns came with Python 3.12."""
+    if _libc.setns(fd, _CLONE_NEWNET):
+        raise _failed()
+
+
 def has_capability(number: int) -> bool:
     """Whether this process has a capability in its effective set."""
     with open("/proc/self/status") as status:
@@ -285,6 +295,23 @@ def huge_page_bytes() -> int | None:
             return int(setting.read())
     except OSError:
         return None
+
+
+def reports_free_pages(drivers: str = "/sys/bus/virtio/drivers") -> bool:
+    """Whether a hypervisor takes back free memory in blocks as large as huge pages.
+
+    A huge page is then memory that the host has to find again, page by page, for the device and for whoever reads it.
+    Source: the feature VIRTIO_BALLOON_F_REPORTING of the Virtio specification, 5.5.3.
+    """
+    try:
+        balloons = os.listdir(f"{drivers}/virtio_balloon")
+    except OSError:
+        return False
+    for balloon in balloons:
+        with contextlib.suppress(OSError), open(f"{drivers}/virtio_balloon/{balloon}/features") as features:
+            if features.read()[_BALLOON_REPORTS : _BALLOON_REPORTS + 1] == "1":
+                return True
+    return False
 
 
 def populate_huge(fd: int, offset: int, nbytes: int) -> None:

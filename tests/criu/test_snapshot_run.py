@@ -6,9 +6,9 @@ import contextlib
 import functools
 import os
 import signal
+import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -213,6 +213,51 @@ def test_output_through_a_pipe_and_a_terminal(snapshotted: Service) -> None:
             os.close(controller)
 
 
+def test_as_systemd_starts_it(service: Service) -> None:
+    """Its output is a socket, as the journal's, an address is told when it is ready, and stop is a SIGTERM."""
+    for shown in (b"service snapshotted", b"service restored"):
+        service.ready.unlink(missing_ok=True)
+        notified = service.folder / "notify"
+        notified.unlink(missing_ok=True)
+        journal, theirs = socket.socketpair()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, journal:
+            manager.bind(str(notified))
+            manager.settimeout(40)
+            process = subprocess.Popen(
+                [*service.arguments("--create"), *service.command],
+                stdin=subprocess.DEVNULL,
+                stdout=theirs.fileno(),
+                stderr=theirs.fileno(),
+                env={"PATH": "/usr/bin:/bin", "NOTIFY_SOCKET": str(notified), "PYTHONPATH": os.getcwd()},
+            )
+            theirs.close()
+            with process:
+                try:
+                    assert manager.recv(100) == b"READY=1"
+                    process.send_signal(signal.SIGTERM)
+                    assert process.wait(20) == 7
+                finally:
+                    process.kill()
+            log = b"".join(iter(lambda: journal.recv(1 << 16), b""))
+        assert shown in log
+        assert log.rstrip().endswith(b"asked to end"), "what it wrote last is passed on"
+
+
+def test_as_pid_1_it_waits_for_orphans_and_comes_back(service: Service) -> None:
+    """Every start of a container has its own pid namespace, with the low pids taken by the start itself."""
+    unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    service.program.write_text("import subprocess\nsubprocess.run(['sh', '-c', 'sleep 0.2 &'])\n" + SERVER)
+    for shown in ("service snapshotted", "service restored, pid"):
+        with service.running([*unshare, *service.arguments("--create"), *service.command]) as one:
+            one.said(shown)
+            children = Path(f"/proc/{one.process.pid}/task/{one.process.pid}/children").read_text().split()
+            init = int(children[0])
+            wait_until(functools.partial(has_no_zombies, init), "orphans are waited for")
+            os.kill(init, signal.SIGTERM)
+            assert one.process.wait(20) == 7
+            assert "asked to end" in one.log.read_text()
+
+
 def is_gone(pid: int, started: int) -> bool:
     return start_ticks(pid) != started
 
@@ -227,7 +272,6 @@ def has_no_zombies(parent: int) -> bool:
 
 def test_a_signal_while_it_is_restored_leaves_nothing(snapshotted: Service) -> None:
     with snapshotted.run() as one:
-        time.sleep(0)  # the signal comes wherever it comes: imports, restore or after
         wait_until(lambda: caught(one.process.pid, signal.SIGTERM), "signals are handled")
         one.process.send_signal(signal.SIGTERM)
         assert one.process.wait(30) in (7, 128 + signal.SIGTERM)

@@ -108,6 +108,7 @@ class Commands:
         self.log = str(folder / "server.log")
         self.env = dict(os.environ)
         self._pids: list[tuple[int, int]] = []
+        self.program = [WEIGHTFS]
 
     def argv(self, action: str, *arguments: str, command: Sequence[str] = ()) -> list[str]:
         options = []
@@ -119,7 +120,7 @@ class Commands:
             options = ["--json"]
         else:
             options = ["--store", self.store, "--json"]
-        return [WEIGHTFS, "snapshot", action, *arguments, *options, *(["--", *command] if command else [])]
+        return [*self.program, "snapshot", action, *arguments, *options, *(["--", *command] if command else [])]
 
     def start(self, action: str, *arguments: str, command: Sequence[str] = ()) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -216,15 +217,15 @@ class Bench(Commands):
         wait_until_settled(self.weights)
         self.mounter = mounter
         self.mount = mounter(str(source))
-        self.program = folder / "server.py"
-        self.program.write_text(SERVER)
+        self.server_program = folder / "server.py"
+        self.server_program.write_text(SERVER)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/"
 
     def command(self, *extras: str) -> list[str]:
         return [
             sys.executable,
-            str(self.program),
+            str(self.server_program),
             self.mount.path("m", "model.safetensors"),
             str(self.port),
             *extras,

@@ -16,6 +16,7 @@ from prefetch.residency import drop, resident_bytes
 from weightfs import linux
 
 SOON_S = 10.0
+HUGE_BYTES = 2 << 20
 
 
 @pytest.fixture
@@ -69,16 +70,47 @@ def test_a_file_that_ends_early_ends_its_fill(filler: Filler, file: int) -> None
     assert "ends at byte" in fill.failure
 
 
-def needs_huge_pages() -> None:
-    if linux.kernel_version() < (5, 18) or linux.huge_page_bytes() != CHUNK_BYTES:
+@pytest.fixture
+def huge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Filler]:
+    """One that reads huge pages, whatever the hypervisor does with them."""
+    if linux.kernel_version() < (5, 18) or linux.huge_page_bytes() != HUGE_BYTES:
         pytest.skip("this machine lacks huge pages of 2 MiB, or Linux 5.18")
+    monkeypatch.setattr(linux, "reports_free_pages", lambda: False)
+    made = Filler(FillerConfig(depth=4))
+    yield made
+    made.close()
 
 
-def test_nothing_further_is_read_ahead(filler: Filler, file: int) -> None:
-    needs_huge_pages()
-    assert begin(filler, file, (CHUNK_BYTES + 4096, CHUNK_BYTES - 4096)).ended.wait(SOON_S)
-    assert resident_bytes(file, CHUNK_BYTES, CHUNK_BYTES) == CHUNK_BYTES
-    assert resident_bytes(file, 0, size_of(file)) == CHUNK_BYTES
+def test_huge_pages_are_read_and_nothing_further_ahead(huge: Filler, file: int) -> None:
+    fill = begin(huge, file, (HUGE_BYTES + 4096, 2 * HUGE_BYTES - 4096))
+    assert fill.ended.wait(SOON_S)
+    assert fill.filled_bytes == 2 * HUGE_BYTES - 4096
+    assert resident_bytes(file, HUGE_BYTES, 2 * HUGE_BYTES) == 2 * HUGE_BYTES
+    assert resident_bytes(file, 0, size_of(file)) == 2 * HUGE_BYTES
+
+
+def test_huge_pages_read_all_of_a_file(huge: Filler, file: int) -> None:
+    fill = begin(huge, file, (0, size_of(file)))
+    assert fill.ended.wait(SOON_S)
+    assert fill.filled_bytes + fill.skipped_bytes == size_of(file)
+    assert resident_bytes(file, 0, size_of(file)) == size_of(file)
+
+
+def test_a_file_that_ends_early_ends_its_fill_under_huge_pages(huge: Filler, file: int) -> None:
+    fill = begin(huge, file, (8 << 20, 4 << 20))
+    assert fill.ended.wait(SOON_S)
+    assert fill.failure == f"f: ends at byte {size_of(file)} now"
+
+
+@pytest.mark.parametrize(
+    ("features", "reports"), [("0" * 64, False), ("11111011" + "0" * 56, False), ("00000100" + "0" * 56, True)]
+)
+def test_a_balloon_says_whether_free_memory_is_taken_back(tmp_path: Path, features: str, reports: bool) -> None:
+    assert not linux.reports_free_pages(str(tmp_path))
+    (tmp_path / "virtio_balloon" / "virtio0").mkdir(parents=True)
+    (tmp_path / "virtio_balloon" / "bind").write_text("")
+    (tmp_path / "virtio_balloon" / "virtio0" / "features").write_text(features + "\n")
+    assert linux.reports_free_pages(str(tmp_path)) is reports
 
 
 def test_a_small_part_is_read_without_the_huge_page_around_it(filler: Filler, file: int) -> None:
@@ -97,20 +129,18 @@ def test_what_has_no_huge_pages_reads_all_of_it_too(file: int, monkeypatch: pyte
 
 
 def test_a_device_that_fails_under_a_huge_page_ends_its_fill(
-    filler: Filler, file: int, monkeypatch: pytest.MonkeyPatch
+    huge: Filler, file: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needs_huge_pages()
-
     def broken(fd: int, offset: int, nbytes: int) -> None:
         raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
 
     monkeypatch.setattr(linux, "populate_huge", broken)
-    fill = begin(filler, file, (0, CHUNK_BYTES))
+    fill = begin(huge, file, (0, CHUNK_BYTES))
     assert fill.ended.wait(SOON_S)
     assert fill.failure == f"f: {os.strerror(errno.EIO)}"
 
 
-def test_parts_end_where_huge_pages_do() -> None:
+def test_parts_end_where_their_multiples_do() -> None:
     parts = list(cut(iter([Extent("f", CHUNK_BYTES - 4096, CHUNK_BYTES + 8192)])))
     assert [(one.offset, one.nbytes) for one in parts] == [
         (CHUNK_BYTES - 4096, 4096),

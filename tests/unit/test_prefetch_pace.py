@@ -10,7 +10,7 @@ import pytest
 from prefetch.pace import Counters, Disks, Pace
 
 MIB = 1 << 20
-READ = 2 * MIB
+READ = 4 * MIB
 
 
 class Machine:
@@ -24,7 +24,7 @@ class Machine:
         self.pace.restart()
 
     def ours(self, took_s: float = 0.001) -> None:
-        """Wait as long as we are told, then read 2 MiB."""
+        """Wait as long as we are told, then read."""
         self.now_s += self.pace.wait_s(0)
         assert self.pace.wait_s(0) == 0
         self.now_s += took_s

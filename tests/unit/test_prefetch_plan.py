@@ -116,13 +116,15 @@ def test_a_small_gap_of_the_same_layer_is_read_along() -> None:
     assert [read[0] for read in reads(plan(layout, another))][:2] == ["0", "1"]
 
 
-def test_plans_take_milliseconds() -> None:
-    """Measured 0.5 ms for 1,000 tensors and 5 ms for 10,000; more is allowed here, where others run beside it."""
-    for count, bound_s in ((1000, 0.005), (10_000, 0.05)):
+def test_a_plan_takes_time_in_proportion() -> None:
+    """Ten times the tensors take ten times as long (0.5 ms for 1,000), and not a hundred times."""
+    least = []
+    for count in (1000, 10_000):
         layout = layout_of([f"model.layers.{n * 60 // count}.mlp.experts.{n}.w.weight" for n in range(count)])
         took = []
         for _ in range(5):
             started = time.perf_counter()
             plan(layout)
             took.append(time.perf_counter() - started)
-        assert min(took) < bound_s
+        least.append(min(took))
+    assert least[1] < 40 * least[0]

@@ -39,8 +39,8 @@ def test_the_driver_takes_its_own_devices_along() -> None:
     assert codes(process(*gpu, mappings=(mapped("/dev/nvidia0"), mapped("/dev/nvidia-uvm")))) == []
 
 
-def test_part_of_a_gpu() -> None:
-    assert codes(process(device("/dev/nvidia0"), device("/dev/nvidia-caps/nvidia-cap21", 4))) == [("mig", True)]
+def test_files_of_capabilities_are_no_sign_of_a_part_of_a_gpu() -> None:
+    assert codes(process(device("/dev/nvidia0"), device("/dev/nvidia-caps/nvidia-cap21", 4))) == []
 
 
 def test_the_multi_process_service() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from weightfs.errors import UnfitError, UsageError
 if TYPE_CHECKING:
     from checkpoint.creation import Created
     from checkpoint.errors import MisfitError
+    from checkpoint.instances import Published
     from checkpoint.restoration import Restored
     from checkpoint.tools import Tools
 
@@ -92,6 +94,13 @@ def restore(
     log: Log = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare the images' digests.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="No page server: CRIU reads memory back itself.")] = False,
+    root: Annotated[str | None, typer.Option(help="Where its container's root filesystem is mounted.")] = None,
+    new_pidns: Annotated[
+        bool, typer.Option("--new-pidns", help="Beside another instance: own pids, own network.")
+    ] = False,
+    publish: Annotated[
+        list[str] | None, typer.Option(metavar="[HOST:]PORT:PORT", help="With --new-pidns: port out here, in there.")
+    ] = None,
     store: StoreFolder = DEFAULT_STORE,
     key_file: KeyFile = None,
     key_env: KeyEnv = None,
@@ -109,12 +118,17 @@ def restore(
         from checkpoint.readiness import Readiness
         from checkpoint.store import Store
 
+        if publish and not new_pidns:
+            raise UsageError("--publish goes with --new-pidns")
         options = restoration.RestoreOptions(
             ready=Readiness(url=wait_url) if wait_url else None,
             timeout_s=timeout,
             log=log,
             verify=not no_verify,
             plain=plain,
+            root=root,
+            own_namespaces=new_pidns,
+            ports=[parse_published(one) for one in publish or ()],
         )
         with tools() as found:
             back = restoration.restore(name, Store(store), found, options)
@@ -208,6 +222,20 @@ def require_key_choice(key: str | None, *, no_encrypt: bool) -> None:
         raise UnfitError("this version can't encrypt snapshots yet", mend="use --no-encrypt, on a disk that encrypts")
     if not no_encrypt:
         raise UsageError("say whether the snapshot is encrypted: --key-file, --key-env, --key-command or --no-encrypt")
+
+
+def parse_published(text: str) -> Published:
+    """`18000:8000` or `0.0.0.0:18000:8000`: the port out here, on 127.0.0.1 or that address, and the one in there.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    from checkpoint.instances import Published
+
+    found = re.fullmatch(r"(?:(.+):)?(\d{1,5}):(\d{1,5})", text, re.ASCII)
+    if found is None or not all(0 < int(port) < 1 << 16 for port in found.groups()[1:]):
+        raise UsageError(f"{text!r} publishes nothing: write PORT:PORT or HOST:PORT:PORT")
+    return Published(host=found[1] or "127.0.0.1", port=int(found[2]), inside=int(found[3]))
 
 
 def _say_created(made: Created, *, as_json: bool) -> None:
