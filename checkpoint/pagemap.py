@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.errors import CorruptError
-from checkpoint.page_plan import Run
+from checkpoint.page_plan import Plan, Run
 from checkpoint.userfaultfd import PAGE_BYTES
 
 _COMMON: Final = 0x54564319
@@ -53,13 +53,14 @@ class Memory:
     """The memory of a process that `criu restore --lazy-pages` leaves to a page server.
 
     Attributes:
-        pid: in the process's own pid namespace.
+        pid, parent: in the process's own pid namespace; 0 is the parent of the root.
         pages: path of the image that holds it.
         runs: in ascending order, none overlapping, each inside one mapping; `offset` is in `pages`.
         early: those addresses (start, end) of mappings that are needed first.
     """
 
     pid: int
+    parent: int
     pages: str
     runs: tuple[Run, ...]
     early: tuple[tuple[int, int], ...]
@@ -72,24 +73,41 @@ def memory_of(images: str) -> list[Memory]:
         CorruptError: an image is missing, or not as CRIU writes it.
     """
     found = []
-    for pid in _pids(images):
+    for pid, parent in _pids(images):
         if os.path.exists(os.path.join(images, f"pagemap-{pid}.img")):  # one that had ended has none
-            found.append(_memory(images, pid))
+            found.append(_memory(images, pid, parent))
     if not found:
         raise CorruptError("holds no process with memory", path=images, mend=_ANEW)
     return found
 
 
-def _pids(images: str) -> Iterator[int]:
+def shared_bytes(memories: Sequence[Memory]) -> int:
+    """How much a process and its parent have at the same addresses: what a fork may have left shared between them.
+
+    A program that was started has its memory elsewhere (address space layout randomization).
+    """
+    plans = {memory.pid: Plan(memory.runs) for memory in memories}
+    found = 0
+    for memory in memories:
+        if (parents := plans.get(memory.parent)) is not None:
+            for run in memory.runs:
+                start = run.start
+                while (part := parents.first(start, run.end)) is not None:
+                    found += part.end - part.start
+                    start = part.end
+    return found
+
+
+def _pids(images: str) -> Iterator[tuple[int, int]]:
     path = os.path.join(images, "pstree.img")
     for fields in _messages(path, _PSTREE):
         pid = _number(fields, 1, path)
         if not 0 < pid < 1 << 31:
             raise _damaged(path, f"has the pid {pid}")
-        yield pid
+        yield pid, _number(fields, 2, path)
 
 
-def _memory(images: str, pid: int) -> Memory:
+def _memory(images: str, pid: int, parent: int) -> Memory:
     mappings = _mappings(os.path.join(images, f"mm-{pid}.img"))
     path = os.path.join(images, f"pagemap-{pid}.img")
     messages = _messages(path, _PAGEMAP)
@@ -105,7 +123,8 @@ def _memory(images: str, pid: int) -> Memory:
     if found != nbytes:
         raise _damaged(pages, f"has {found} bytes, and {os.path.basename(path)} tells of {nbytes}")
     cut = tuple(_cut(runs, mappings, path))
-    return Memory(pid=pid, pages=pages, runs=cut, early=tuple((m.start, m.end) for m in mappings if m.is_early))
+    early = tuple((one.start, one.end) for one in mappings if one.is_early)
+    return Memory(pid=pid, parent=parent, pages=pages, runs=cut, early=early)
 
 
 def _runs(messages: Iterator[Fields], path: str) -> tuple[list[Run], int]:

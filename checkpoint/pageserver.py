@@ -23,12 +23,13 @@ from typing import Final
 from checkpoint.errors import CheckpointError, RetryError
 from checkpoint.filling import Buffer, Filling
 from checkpoint.page_plan import Run
-from checkpoint.pagemap import Memory, memory_of
+from checkpoint.pagemap import Memory, memory_of, shared_bytes
 
 SOCKET: Final = "lazy-pages.socket"
 """Its name in the work folder; CRIU has no option for it."""
 
 MOST_THREADS: Final = 16
+_MOST_PARTED: Final = 8  # an eighth more memory than before is not worth waiting for
 _RESTORED: Final = 0x52535446
 _HANDSHAKE_S: Final = 10.0
 _RETRY_S: Final = 0.001
@@ -84,6 +85,13 @@ class PageServer:
         self._listener: socket.socket | None = None
         self._connection: socket.socket | None = None
         self._running: list[threading.Thread] = []
+
+    @property
+    def parts_memory(self) -> bool:
+        """Whether processes that share much memory since a fork would each have their own: only CRIU alone shares."""
+        memories = list(self._memories.values())
+        total = sum(run.end - run.start for memory in memories for run in memory.runs)
+        return shared_bytes(memories) * _MOST_PARTED > total
 
     def __enter__(self) -> PageServer:
         with contextlib.ExitStack() as undo:

@@ -270,10 +270,11 @@ def _memory_filled(
             sibling=options.attached is not None,
             enter=instance.enter if instance is not None else (),
         )
-        if options.plain or userfaultfd.reason_against() is not None:
+        server = None if options.plain or userfaultfd.reason_against() else PageServer(snapshot.images, work)
+        if server is None or server.parts_memory:
             with phases.phase("criu restore"):
                 return criu.restore(tools.criu, snapshot.images, wanted, options.timeout_s, work=work), None
-        server = held.enter_context(PageServer(snapshot.images, work))
+        held.enter_context(server)
         wanted = replace(wanted, lazy_pages=True)
         try:
             with phases.phase("criu restore"):

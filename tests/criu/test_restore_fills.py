@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.processes import process, start_ticks
+from checkpoint.processes import family, process, start_ticks
 from tests.helpers.mounting import wait_until
 from tests.helpers.paged import needs_userfaultfd
 from tests.helpers.served import Commands
@@ -126,3 +126,37 @@ def test_the_command_is_told_to_end_meanwhile(tmp_path: Path, it: Commands, hash
         command.communicate(timeout=30)
     assert command.returncode == 128 + signal.SIGTERM
     wait_until(lambda: is_gone(one.pid), "nothing half filled is left")
+
+
+FORKED = """
+ballast = bytearray(os.urandom(1 << 20)) * 64
+for _ in range(2):
+    if os.fork() == 0:
+        while True:
+            time.sleep(100)
+tell("forked")
+wait()
+tell("again")
+wait()
+"""
+
+
+def shared_kib(pid: int) -> int:
+    """The memory of a process and its descendants, each shared page once."""
+    found = 0
+    for one, _ in family(pid):
+        with open(f"/proc/{one}/smaps_rollup") as file:
+            found += next(int(line.split()[1]) for line in file if line.startswith("Pss:"))
+    return found
+
+
+def test_what_a_fork_shares_stays_shared(tmp_path: Path, it: Commands) -> None:
+    with target(FORKED, tmp_path) as one:
+        assert one.said() == "forked"
+        before = shared_kib(one.pid)
+        it.told("create", "warm", "--pid", str(one.pid))
+        one.process.wait(10)
+        back = it.told("restore", "warm")
+        assert back["memory"] is None
+        assert shared_kib(one.pid) < before * 1.2
+        assert one.ask() == "again"

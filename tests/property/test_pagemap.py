@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from checkpoint.errors import CorruptError
 from checkpoint.page_plan import Run
-from checkpoint.pagemap import decode, memory_of
+from checkpoint.pagemap import Memory, decode, memory_of, shared_bytes
 from checkpoint.userfaultfd import PAGE_BYTES
 
 COMMON, PSTREE, MM, PAGEMAP = 0x54564319, 0x50273030, 0x57492820, 0x56084025
@@ -165,6 +165,15 @@ def test_what_is_refused(name: str, content: bytes | None, said: str) -> None:
         memory_of(path)
     assert refused.value.path is not None
     assert refused.value.path.startswith(path)
+
+
+def test_what_a_fork_left_shared() -> None:
+    runs = (Run(0x1000, 0x5000, 0), Run(0x9000, 0xA000, 0x4000))
+    parent = Memory(pid=7, parent=0, pages="", runs=runs, early=())
+    child = Memory(pid=8, parent=7, pages="", runs=(Run(0x2000, 0xC000, 0),), early=())
+    other = Memory(pid=9, parent=8, pages="", runs=(Run(0x100000, 0x200000, 0),), early=())
+    assert shared_bytes([parent, child, other]) == 0x3000 + 0x1000
+    assert shared_bytes([child, other]) == 0
 
 
 @given(raw=st.binary(max_size=200), magic=st.sampled_from([PSTREE, MM, PAGEMAP]))
