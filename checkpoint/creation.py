@@ -140,13 +140,14 @@ def _create(
             cache=tools.cache,
             root=f"/proc/{entry.root}/root",
         )
-    found = examine(
-        tree,
-        criu=tools.criu,
-        weights_roots=[one.mountpoint for one in seen],
-        store=os.path.dirname(draft.folder),
-        gpu_bytes=sum(gpu_bytes.values()),
-    )
+    with phases.phase("examine"):
+        found = examine(
+            tree,
+            criu=tools.criu,
+            weights_roots=[one.mountpoint for one in seen],
+            store=os.path.dirname(draft.folder),
+            gpu_bytes=sum(gpu_bytes.values()),
+        )
     if fatal := [one for one in found if one.fatal]:
         more = f" (and {len(fatal) - 1} more)" if len(fatal) > 1 else ""
         raise TargetError(

@@ -17,7 +17,7 @@ Command = Literal["dump", "restore"]
 Kind = Literal["target", "failed", "misfit", "corrupt", "retry", "pid"]
 
 _ERROR: Final = re.compile(r"Error \([^)]*\): (?P<text>.*)")
-_HARMLESS: Final = re.compile(r"rlimit: Can't setup RLIMIT_NOFILE|Will be killed")
+_HARMLESS: Final = re.compile(r"rlimit: Can't setup RLIMIT_NOFILE|Will be killed|tun: Unable to create tun")
 _SOCKET: Final = re.compile(r"inet: \s*Restore: .*\bport (?P<port>\d+) .*\bsrc_addr (?P<address>\S+)")
 _FILE: Final = re.compile(r"Dumping path for -?\d+ fd via self \d+ \[(.+)\]")
 _BUSY_FD: Final = re.compile(r"Unable to open fd=(?P<fd>\d+) id=")

@@ -49,6 +49,7 @@ class Foreground:
         self._guard = 0
         self._status: int | None = None
         self._held: list[int] | None = None
+        self._early: list[int] = []  # came while there was no process, and nothing to be interrupted
         self._may_interrupt = False
         self._before: dict[signal.Signals, object] = {}
 
@@ -56,12 +57,14 @@ class Foreground:
         for number in FORWARDED:
             self._before[number] = signal.signal(number, self._on_signal)
         if os.getpid() != _INIT:
-            linux.adopt_orphans()
+            linux.adopt_orphans(adopt=True)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if os.getpid() != _INIT:
+            linux.adopt_orphans(adopt=False)
         if self._guard:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._guard, signal.SIGKILL)
@@ -93,6 +96,8 @@ class Foreground:
         self._held = []
         self._may_interrupt = True
         try:
+            if ending := [number for number in self._early if number in ENDING]:
+                raise Interrupted(ending[0])
             yield
         finally:
             self._may_interrupt = False
@@ -148,6 +153,8 @@ class Foreground:
         if self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
+        else:
+            self._early.append(number)
 
 
 def _children() -> Sequence[int]:

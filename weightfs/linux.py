@@ -45,9 +45,11 @@ IN_EXCL_UNLINK: Final = 0x4000000
 INOTIFY_EVENT: Final = struct.Struct("<iIII")
 """wd, mask, cookie, length of the name behind it, which is padded with NUL."""
 
+CAP_NET_ADMIN: Final = 12
 CAP_IPC_LOCK: Final = 14
 CAP_SYS_ADMIN: Final = 21
 CAP_SYS_RESOURCE: Final = 24
+CAP_SYS_TIME: Final = 25
 
 OOM_SCORE: Final = -900
 """What a daemon sets for itself: everything that reads weights waits on it, so nearly anything else goes first."""
@@ -205,9 +207,9 @@ def umount(target: str, flags: int = 0) -> None:
         raise _failed(target)
 
 
-def adopt_orphans() -> None:
-    """prctl(PR_SET_CHILD_SUBREAPER): descendants of this process whose parent ends become its children."""
-    if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+def adopt_orphans(*, adopt: bool) -> None:
+    """prctl(PR_SET_CHILD_SUBREAPER): descendants of this process whose parent ends become its children, or no more."""
+    if _libc.prctl(_PR_SET_CHILD_SUBREAPER, adopt, 0, 0, 0):
         raise _failed()
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,17 @@ def is_gone(pid: int) -> bool:
     return start_ticks(pid) is None or process(pid).has_ended
 
 
+@contextmanager
+def filling(it: Commands, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A restore that has begun to copy memory and does not get on with it."""
+    with it.start("restore", "warm") as command:
+        try:
+            wait_until(lambda: (tmp_path / "held.begun").exists(), "memory is being filled in", timeout_s=30)
+            yield command
+        finally:
+            command.kill()
+
+
 def test_memory_is_filled_in(it: Commands, hasher: tuple[Target, str]) -> None:
     one, before = hasher
     back = it.told("restore", "warm")
@@ -104,9 +117,7 @@ def test_the_command_is_killed_meanwhile(tmp_path: Path, it: Commands, hasher: t
     one, before = hasher
     (tmp_path / "sitecustomize.py").write_text(HOLDS)
     (tmp_path / "held").touch()
-    with it.start("restore", "warm") as command:
-        wait_until(lambda: os.path.exists(tmp_path / "held.begun"), "memory is being filled in")
-        wait_until(lambda: not is_gone(one.pid) and process(one.pid).state == "T", "CRIU has restored it, stopped")
+    with filling(it, tmp_path) as command:
         command.kill()
         command.communicate(timeout=10)
     it.told("recover")  # unless any other snapshot command on this machine has done so by now
@@ -120,8 +131,7 @@ def test_the_command_is_told_to_end_meanwhile(tmp_path: Path, it: Commands, hash
     one, _ = hasher
     (tmp_path / "sitecustomize.py").write_text(HOLDS)
     (tmp_path / "held").touch()
-    with it.start("restore", "warm") as command:
-        wait_until(lambda: os.path.exists(tmp_path / "held.begun"), "memory is being filled in")
+    with filling(it, tmp_path) as command:
         command.send_signal(signal.SIGTERM)
         command.communicate(timeout=30)
     assert command.returncode == 128 + signal.SIGTERM

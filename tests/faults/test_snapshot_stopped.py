@@ -420,3 +420,89 @@ def test_a_gpu_without_room(tmp_path: Path, weights: str, commands: Stopped) -> 
             error = commands.refused("restore", "warm", code=75)
             assert "MiB free" in error["message"]
             assert start_ticks(one.pid) is None
+
+
+LAUNCHED: Final = """
+import os, signal, sys
+if not (child := os.fork()):
+    while True:
+        signal.pause()
+with open(sys.argv[1] + ".new", "w") as file:
+    file.write(f"{os.getpid()} {child}")
+os.rename(sys.argv[1] + ".new", sys.argv[1])
+while True:
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("how", ["kill", "term", "fail"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        "starting@",
+        "checkpoint.launch:start@after",
+        "checkpoint.readiness:wait@after",
+        "begun@",
+        "checkpoint.criu:dump@after",
+        "committing@",
+    ],
+)
+def test_what_was_started_for_a_snapshot_ends_with_it(point: str, how: str, tmp_path: Path, commands: Stopped) -> None:
+    told = tmp_path / "told"
+    commands.at(point, how)
+    program = [sys.executable, "-c", LAUNCHED, str(told)]
+    done = commands.run("create", "warm", "--ready-file", str(told), command=program)
+    commands.at("none", "kill")
+    assert done.returncode == {"kill": -signal.SIGKILL, "term": 128 + signal.SIGTERM, "fail": 1}[how], done.stderr
+    if how == "kill":
+        assert commands.recovered()["outcome"] == "undone"
+    assert not commands.left()
+    if told.exists():
+        for pid in told.read_text().split():
+            wait_until(lambda pid=int(pid): start_ticks(pid) is None, f"process {pid} is gone", timeout_s=10)  # type: ignore[misc]
+    commands.require_consistent()
+
+
+@contextmanager
+def filesystem(folder: Path, options: str) -> Iterator[None]:
+    """A small filesystem at a folder."""
+    folder.mkdir(mode=0o700)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"{options},mode=0700", "weightfs-test", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_store_without_room(tmp_path: Path, weights: str, commands: Stopped) -> None:
+    with counter(tmp_path, weights) as one, filesystem(Path(commands.store), "size=64m"):
+        filler = Path(commands.store) / "filler"
+        filler.write_bytes(bytes(60 << 20))
+        error = commands.refused("create", "warm", "--pid", str(one.pid), code=1)
+        assert error["mend"]
+        assert not commands.left()
+        require_as_before(one)
+        filler.unlink()
+        commands.require_consistent()
+
+
+def test_room_that_is_used_up_during_the_dump(tmp_path: Path, weights: str, commands: Stopped) -> None:
+    with counter(tmp_path, weights) as one, filesystem(Path(commands.store), "size=256m"):
+        filler = Path(commands.store) / "filler"
+        fill = f"run:head -c 250M /dev/zero > {filler}"
+        done = commands.stop("dumping@", fill, "create", "warm", "--pid", str(one.pid))
+        assert done.returncode == 1, done.stderr
+        assert done.stderr.strip().count("\n") == 0, done.stderr
+        assert "space" in done.stderr, done.stderr
+        assert not commands.left()
+        require_as_before(one)
+        filler.unlink()
+        commands.require_consistent()
+
+
+def test_a_store_that_is_read_only(tmp_path: Path, weights: str, commands: Stopped) -> None:
+    with counter(tmp_path, weights) as one, filesystem(Path(commands.store), "ro"):
+        error = commands.refused("create", "warm", "--pid", str(one.pid), code=1)
+        assert "Read-only" in error["message"]
+        assert not commands.left()
+        require_as_before(one)

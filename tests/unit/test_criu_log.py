@@ -217,3 +217,13 @@ def test_an_unknown_complaint_is_passed_on() -> None:
     assert error.message.endswith(": new: What nobody has seen before")
     assert isinstance(error, CriuError)
     assert "What nobody has seen" in error.log
+
+
+def test_what_is_no_failure_is_not_named_as_one() -> None:
+    """In a container without /dev/net/tun and CAP_SYS_TIME."""
+    log = (
+        "(00.012698) Error (criu/tun.c:85): tun: Unable to create tun: No such file or directory\n"
+        "(00.057514)   1196: Error (criu/timens.c:101): Unable to set a monotonic clock offset: EPERM\n"
+        "(00.058192) Error (criu/cr-restore.c:2331): Restoring FAILED.\n"
+    )
+    assert "monotonic clock offset" in explain(log, "restore").message

@@ -12,10 +12,11 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
 
+from weightfs import linux
 from weightfs.cli.mounting import Json
 from weightfs.cli.output import emit, human_bytes, printable, reporting, say
 from weightfs.cli.snapshot_store import DEFAULT_STORE, StoreFolder
@@ -39,6 +40,12 @@ ReadyFile = Annotated[str | None, typer.Option(help="Ready when this file exists
 ReadyTimeout = Annotated[float, typer.Option(help="Seconds to wait until it is ready.")]
 WaitUrl = Annotated[str | None, typer.Option(help="Return once this address answers a GET.")]
 Log = Annotated[str | None, typer.Option(help="File for what the process writes.")]
+_NEEDED: Final = (
+    ("SYS_ADMIN", linux.CAP_SYS_ADMIN),
+    ("NET_ADMIN", linux.CAP_NET_ADMIN),
+    ("SYS_TIME", linux.CAP_SYS_TIME),
+)
+"""What a dump and a restore failed without in a container of crun, CRIU 4.2.1; nothing else was missed."""
 REST = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -165,6 +172,9 @@ def tools() -> Iterator[Tools]:
 
     if os.geteuid() != 0:
         raise UnfitError("snapshots need root: CRIU reads and writes other processes", mend="run it as root")
+    if missing := [name for name, number in _NEEDED if not linux.has_capability(number)]:
+        options = " ".join(f"--cap-add {name}" for name, _ in _NEEDED)
+        raise UnfitError(f"this container lacks the capability {missing[0]}", mend=f"start it with {options}")
     with found() as these:
         for one in recovery.recover(these):
             text = f"weightfs: {one.kind} of {one.name}, which died while {one.step}, is {one.outcome}"

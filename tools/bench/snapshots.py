@@ -1,0 +1,229 @@
+"""What a snapshot of a Python process costs that has a heap and weights mapped from a mount, beside CRIU alone.
+
+The process holds `--heap` MiB of random bytes and has mapped, and touched, `--size` MiB of weights (3072 by default)
+from the mount. Bare is the criu program run with the same options on the same process or images; beside it, in turns,
+runs `weightfs snapshot create --leave-running --replace` or `weightfs snapshot restore --no-verify`, as a user would,
+so its time holds the start of an interpreter. Needs root and CRIU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Final
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+
+from _harness import MIB, WEIGHTFS, Report, Samples, alternate, mounted, parser, workplace, write_file
+
+from checkpoint import control, criu_command
+from checkpoint.creation import options_kept
+from checkpoint.criu import find_criu
+from checkpoint.processes import start_ticks, tree_of
+from checkpoint.store import Store
+
+PROGRAM: Final = """
+import mmap, os, signal, sys
+heap = bytearray(os.urandom(int(sys.argv[2]) << 20))
+weights = mmap.mmap(os.open(sys.argv[1], os.O_RDONLY), 0, access=mmap.ACCESS_READ)
+for at in range(0, len(weights), 4096):
+    weights[at]
+with open(sys.argv[3], "w"):
+    pass
+while True:
+    signal.pause()
+"""
+_NAME: Final = "bench"
+_DUMP_S: Final = 0.5
+_RESTORE_S: Final = 0.5
+_SIZE: Final = 1.1
+_OVERHEAD_MS: Final = 150
+_STARTED_S: Final = 120
+
+
+class Bench:
+    """The process, its snapshot and the two ways to make and restore it.
+
+    Args:
+        place: a folder for all of it.
+        weights: path of the weight file on the mount.
+        heap_mib: of the process.
+    """
+
+    def __init__(self, place: str, weights: str, heap_mib: int) -> None:
+        self._place = place
+        self._store = os.path.join(place, "snapshots")
+        self._log = os.path.join(place, "process.log")
+        self._criu = find_criu()
+        self.created: list[dict[str, Any]] = []
+        self.restored: list[dict[str, Any]] = []
+        ready = os.path.join(place, "ready")
+        with open(self._log, "ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, weights, str(heap_mib), ready],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+        until = time.monotonic() + _STARTED_S
+        while not os.path.exists(ready):
+            if self._process.poll() is not None or time.monotonic() > until:
+                raise SystemExit(f"the process is not ready: see {self._log}")
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """End the process, the original or the restored."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self.end()
+
+    def private_bytes(self) -> int:
+        """What of its memory is nowhere else: anonymous pages."""
+        with open(f"/proc/{self.pid}/smaps_rollup") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("Anonymous:"))
+
+    def dump_bare(self) -> float:
+        """Seconds that CRIU takes."""
+        with tempfile.TemporaryDirectory(dir=self._place) as images, tempfile.TemporaryDirectory() as work:
+            tree = tree_of(self.pid)
+            options = replace(criu_command.options_for(tree), leave_stopped=True)
+            took = _timed(criu_command.dump_argv(self._criu, self.pid, images, options, work=work))
+            control.resume(control.tree(tree))
+        return took
+
+    def create(self) -> float:
+        """Seconds that the command takes."""
+        arguments = ["create", _NAME, "--pid", str(self.pid), "--leave-running", "--replace"]
+        return self._command(arguments, self.created)
+
+    def leave(self) -> None:
+        """The process ends; its snapshot stays."""
+        self._process.kill()
+        self._process.wait()
+
+    def restore_bare(self) -> float:
+        """Seconds that CRIU takes."""
+        snapshot = Store(self._store).open(_NAME)
+        with tempfile.TemporaryDirectory() as work, open(self._log, "ab") as log:
+            inherit = tuple((log.fileno(), resource) for _, resource, _ in snapshot.manifest.replaced)
+            options = replace(options_kept(snapshot.manifest.criu_options), leave_stopped=True, inherit=inherit)
+            argv = criu_command.restore_argv(self._criu, snapshot.images, options, work=work)
+            took = _timed(argv, pass_fds=(log.fileno(),))
+        self.end()
+        return took
+
+    def restore(self, *options: str) -> float:
+        """Seconds that the command takes."""
+        took = self._command(["restore", _NAME, "--log", self._log, *options], self.restored)
+        self.end()
+        return took
+
+    def end(self) -> None:
+        """End a restored process, and wait until its pid is free."""
+        if (since := start_ticks(self.pid)) is not None:
+            control.end([(self.pid, since)])
+        while start_ticks(self.pid) is not None:
+            time.sleep(0.005)
+
+    def _command(self, arguments: list[str], into: list[dict[str, Any]]) -> float:
+        argv = [WEIGHTFS, "snapshot", *arguments, "--store", self._store, "--no-encrypt", "--json"]
+        started = time.perf_counter()
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        took = time.perf_counter() - started
+        if done.returncode:
+            raise SystemExit(f"{' '.join(argv)}: status {done.returncode}: {done.stderr}")
+        into.append(json.loads(done.stdout))
+        return took
+
+
+def _timed(argv: list[str], pass_fds: tuple[int, ...] = ()) -> float:
+    started = time.perf_counter()
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, pass_fds=pass_fds, check=False)
+    took = time.perf_counter() - started
+    if done.returncode:
+        raise SystemExit(f"{' '.join(argv)}: status {done.returncode}: {done.stderr.decode(errors='replace')}")
+    return took
+
+
+@contextlib.contextmanager
+def bench(place: str, weights: str, heap_mib: int) -> Iterator[Bench]:
+    """One whose process ends with the block."""
+    made = Bench(place, weights, heap_mib)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def phases(documents: list[dict[str, Any]], name: str) -> list[float]:
+    """One phase's seconds in each document."""
+    return [one["phases"][name] for one in documents]
+
+
+def dumps(report: Report, it: Bench, rounds: int) -> None:
+    """Rows of making a snapshot."""
+    private = it.private_bytes()
+    whole = alternate(it.dump_bare, it.create, rounds)
+    made = it.created[-rounds:]
+    ours = Samples(whole.a, phases(made, "criu dump"))
+    report.measure("dump, CRIU's part", ours, "s", _DUMP_S, "at most")
+    report.record("dump, the images brought to the disk and digested", phases(made, "store"), "s", None)
+    report.value("the weights' digests, the first time", it.created[0]["phases"]["weights"], "s")
+    report.record("the weights' digests, from the cache", phases(made, "weights"), "s", None)
+    report.measure("snapshot create, the whole command", whole, "s", None, "at most")
+    report.value("images by private memory", made[-1]["bytes"]["logical"] / private, "x", _SIZE)
+    report.extra["private bytes"] = {"process": private, "images": made[-1]["bytes"]["logical"]}
+
+
+def restores(report: Report, it: Bench, rounds: int) -> None:
+    """Rows of restoring it."""
+    whole = alternate(it.restore_bare, lambda: it.restore("--no-verify"), rounds)
+    back = it.restored[-rounds:]
+    ours = Samples(whole.a, phases(back, "criu restore"))
+    report.measure("restore, CRIU's part", ours, "s", _RESTORE_S, "at most")
+    within = [sum(one["phases"].values()) - one["phases"]["criu restore"] for one in back]
+    report.record("snapshot restore, phases besides CRIU's", [1e3 * one for one in within], "ms", None)
+    over = [1e3 * (command - bare) for bare, command in zip(whole.a, whole.b, strict=True)]
+    report.record("snapshot restore over CRIU alone, unverified", over, "ms", _OVERHEAD_MS, note="whole command")
+    for _ in range(rounds):
+        it.restore()
+    verified = it.restored[-rounds:]
+    rates = [one["bytes"]["logical"] / one["phases"]["verify"] / 1e9 for one in verified]
+    report.record(f"verification of images, {os.cpu_count()} processors", rates, "GB/s", None)
+    report.extra["phases"] = {"create": it.created[-1]["phases"], "restore": verified[-1]["phases"]}
+
+
+def main() -> None:
+    """Run it."""
+    options = parser(__doc__ or "")
+    options.set_defaults(size=3072)
+    options.add_argument("--heap", type=int, default=300, metavar="MIB", help="of the process (default 300 MiB)")
+    given = options.parse_args()
+    if os.geteuid():
+        raise SystemExit("snapshots need root")
+    report = Report("snapshots", given)
+    with workplace(given.folder) as place:
+        source = os.path.join(place, "source")
+        os.mkdir(source)
+        write_file(os.path.join(source, "weights.bin"), given.size * MIB)
+        with mounted(source, place) as mount:
+            report.describe(mount)
+            with bench(place, os.path.join(mount.path, "weights.bin"), given.heap) as it:
+                dumps(report, it, given.rounds)
+                it.leave()
+                restores(report, it, given.rounds)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()
