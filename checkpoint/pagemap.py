@@ -92,7 +92,7 @@ def shared_bytes(memories: Sequence[Memory]) -> int:
         if (parents := plans.get(memory.parent)) is not None:
             for run in memory.runs:
                 start = run.start
-                while (part := parents.first(start, run.end)) is not None:
+                while start < run.end and (part := parents.first(start, run.end)) is not None:
                     found += part.end - part.start
                     start = part.end
     return found

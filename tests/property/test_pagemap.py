@@ -174,6 +174,8 @@ def test_what_a_fork_left_shared() -> None:
     other = Memory(pid=9, parent=8, pages="", runs=(Run(0x100000, 0x200000, 0),), early=())
     assert shared_bytes([parent, child, other]) == 0x3000 + 0x1000
     assert shared_bytes([child, other]) == 0
+    within = Memory(pid=8, parent=7, pages="", runs=(Run(0x2000, 0x3000, 0), Run(0x9000, 0xA000, 0)), early=())
+    assert shared_bytes([parent, within]) == 0x1000 + 0x1000
 
 
 @given(raw=st.binary(max_size=200), magic=st.sampled_from([PSTREE, MM, PAGEMAP]))
