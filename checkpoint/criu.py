@@ -14,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -31,7 +31,7 @@ from checkpoint.criu_command import (
 )
 from checkpoint.criu_log import Command, PidTakenError, explain
 from checkpoint.errors import CheckpointError, MisfitError, RetryError, TargetError
-from checkpoint.processes import Process, process, start_ticks, tree_of
+from checkpoint.processes import children_of, family, process, start_ticks
 
 __all__ = [
     "BUNDLED",
@@ -59,6 +59,7 @@ _ANSWER_S: Final = 20.0
 _ENDING_S: Final = 10.0
 _FORKED: Final = re.compile(r"Forking task with (\d+) pid")
 _LOOK_S: Final = 0.02
+_CHECK_S: Final = 0.05
 
 
 def find_criu(candidate: str | None = None, *, check: bool = True) -> Criu:
@@ -173,7 +174,15 @@ def dump(criu: Criu, pid: int, images: str, options: DumpOptions, timeout_s: flo
         _run("dump", dump_argv(criu, pid, images, options, work=folder), folder, timeout_s)
 
 
-def restore(criu: Criu, images: str, options: RestoreOptions, timeout_s: float, *, work: str | None = None) -> int:
+def restore(
+    criu: Criu,
+    images: str,
+    options: RestoreOptions,
+    timeout_s: float,
+    *,
+    work: str | None = None,
+    check: Callable[[], None] | None = None,
+) -> int:
     """Bring back the tree in the folder `images`; gives the pid of its root, which runs (or is stopped, if asked for).
 
     When it fails, nothing of the tree is left.
@@ -184,6 +193,7 @@ def restore(criu: Criu, images: str, options: RestoreOptions, timeout_s: float, 
         options: see `restore_options_of`.
         timeout_s: for all of it.
         work: an existing folder for `restore.log` and `stats-restore`; without, they are not kept.
+        check: called many times while CRIU works; when it raises, CRIU waits in vain and is ended.
 
     Raises:
         CriuError: CRIU failed: why, and what to do.
@@ -192,20 +202,27 @@ def restore(criu: Criu, images: str, options: RestoreOptions, timeout_s: float, 
     ends = time.monotonic() + timeout_s
     while True:
         try:
-            return _restore(criu, images, options, ends - time.monotonic(), work)
+            return _restore(criu, images, options, ends - time.monotonic(), work, check)
         except PidTakenError as e:
             # Init, or whoever started it, may be slow to wait for a process that was dumped.
             if not _is_waited_for(e.pid, min(ends, time.monotonic() + _ENDING_S)):
                 raise
 
 
-def _restore(criu: Criu, images: str, options: RestoreOptions, timeout_s: float, work: str | None) -> int:
+def _restore(
+    criu: Criu,
+    images: str,
+    options: RestoreOptions,
+    timeout_s: float,
+    work: str | None,
+    check: Callable[[], None] | None,
+) -> int:
     with _work_folder(work) as folder:
         pid_file = os.path.join(folder, PID_FILE)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(pid_file)
         inherited = [fd for fd, _ in options.inherit]
-        _run("restore", restore_argv(criu, images, options, work=folder), folder, timeout_s, inherited)
+        _run("restore", restore_argv(criu, images, options, work=folder), folder, timeout_s, inherited, check)
         with open(pid_file) as file:
             return int(file.read())
 
@@ -263,11 +280,18 @@ def _work_folder(work: str | None) -> Iterator[str]:
             yield folder
 
 
-def _run(command: Command, argv: list[str], work: str, timeout_s: float, inherited: Sequence[int] = ()) -> None:
+def _run(
+    command: Command,
+    argv: list[str],
+    work: str,
+    timeout_s: float,
+    inherited: Sequence[int] = (),
+    check: Callable[[], None] | None = None,
+) -> None:
     """Run CRIU to its end, or end it.
 
     Raises:
-        CheckpointError: as the log has it.
+        CheckpointError: as the log has it, or as `check` raises it.
     """
     criu = subprocess.Popen(
         argv,
@@ -280,7 +304,7 @@ def _run(command: Command, argv: list[str], work: str, timeout_s: float, inherit
         umask=0o077,  # the images hold all that is in memory
     )
     try:
-        _, said = criu.communicate(timeout=timeout_s)
+        said = _said(criu, timeout_s, check)
     except subprocess.TimeoutExpired:
         if _end(criu, work):
             mend = "give it more time"
@@ -291,6 +315,19 @@ def _run(command: Command, argv: list[str], work: str, timeout_s: float, inherit
         raise
     if criu.returncode:
         raise explain(_log(os.path.join(work, log_name(command)), said), command)
+
+
+def _said(criu: subprocess.Popen[bytes], timeout_s: float, check: Callable[[], None] | None) -> bytes:
+    """What it wrote to stderr until it ended."""
+    ends = time.monotonic() + timeout_s
+    while True:
+        left = ends - time.monotonic()
+        try:
+            return criu.communicate(timeout=left if check is None else min(left, _CHECK_S))[1]
+        except subprocess.TimeoutExpired:
+            if check is None or time.monotonic() >= ends:
+                raise
+            check()
 
 
 def _end(criu: subprocess.Popen[bytes], work: str) -> bool:
@@ -304,24 +341,22 @@ def _end(criu: subprocess.Popen[bytes], work: str) -> bool:
     criu.send_signal(signal.SIGSTOP)
     if criu.poll() is not None:
         return False
-    begun = [*tree_of(criu.pid)[1:], *_siblings(work)]
-    criu.kill()
-    for one in begun:
+    begun = [*family(criu.pid)[1:], *_siblings(work)]
+    for pid, _ in begun:  # before CRIU: what it traces would run on without it
         with contextlib.suppress(ProcessLookupError):
-            os.kill(one.pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
+    criu.kill()
     criu.wait(_ENDING_S)
     if criu.stderr is not None:
         criu.stderr.close()
     return True
 
 
-def _siblings(work: str) -> Iterator[Process]:
+def _siblings(work: str) -> Iterator[tuple[int, int]]:
     """What a restore has made that is not its own child but this process's (`--restore-sibling`)."""
     for pid in _FORKED.findall(_log(os.path.join(work, log_name("restore")), b"")):
-        with contextlib.suppress(TargetError):
-            tree = tree_of(int(pid))
-            if tree[0].ppid == os.getpid():
-                yield from tree
+        if int(pid) in children_of(os.getpid()):
+            yield from family(int(pid))
 
 
 def _log(path: str, said: bytes) -> str:

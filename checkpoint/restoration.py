@@ -2,23 +2,25 @@
 
     step            undone by
     begun           nothing
-    restoring       CRIU is ended, with what it has restored so far
+    restoring       CRIU is ended, with what it has restored so far, its memory filled in or not
     letting go      every process of the tree is ended
     ready           as above, until the process answers
 
-The tree is restored stopped; every weight file is looked at once more before it runs.
+The tree is restored stopped, and its memory filled in by a page server while CRIU goes on (see
+`checkpoint.pageserver`); once all of it is there, every weight file is looked at once more, and the tree runs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from checkpoint import control, criu, in_use, instances, points, processes, readiness, stdio
+from checkpoint import control, criu, in_use, instances, points, processes, readiness, stdio, userfaultfd
 from checkpoint.creation import options_kept
 from checkpoint.criu_command import ROOT_TO_BE_NAMED
 from checkpoint.digests import Identity
@@ -28,6 +30,7 @@ from checkpoint.instances import Instance, Published
 from checkpoint.journal import Entry, Journal
 from checkpoint.machine import fingerprint_here
 from checkpoint.manifest import Manifest
+from checkpoint.pageserver import Filled, PageServer
 from checkpoint.phases import Phases
 from checkpoint.processes import start_ticks
 from checkpoint.readiness import Readiness
@@ -53,6 +56,7 @@ class RestoreOptions:
         attached: the stdio of the process, which becomes this one's child; None for a session of its own.
         command: what it must have been; empty where that does not matter.
         verify: whether the images' digests are compared.
+        plain: CRIU reads memory back itself, with one thread.
         root: where the root filesystem of its container is mounted; None where it has none of its own.
         own_namespaces: it is a second instance, see `instances`.
         ports: published from there.
@@ -64,6 +68,7 @@ class RestoreOptions:
     attached: stdio.Given | None = None
     command: Sequence[str] = ()
     verify: bool = True
+    plain: bool = False
     root: str | None = None
     own_namespaces: bool = False
     ports: Sequence[Published] = ()
@@ -80,6 +85,7 @@ class Restored:
         bytes_read: of images.
         differences: between the machines, none of which matters.
         warnings: a line each.
+        filled: what the page server filled in; None where CRIU read it back.
     """
 
     manifest: Manifest
@@ -88,6 +94,7 @@ class Restored:
     bytes_read: int
     differences: list[Difference]
     warnings: list[str]
+    filled: Filled | None
 
 
 def differences(manifest: Manifest, tools: Tools, command: Sequence[str] = ()) -> list[Difference]:
@@ -136,7 +143,8 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
         with Journal(entry) as journal, _instance(options, phases) as instance:
             try:
                 journal.at("restoring")
-                pid = inside = _memory_filled(snapshot, entry.work, tools, options, phases, instance)
+                inside, filled = _memory_filled(snapshot, entry, tools, options, phases, instance)
+                pid = inside
                 if instance is not None:
                     pid = instance.pids()[inside]
                 journal.at("letting go", tree=control.tree(processes.tree_of(pid)), root=pid)
@@ -156,7 +164,8 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
         seconds=phases.seconds,
         bytes_read=manifest.bytes_logical,
         differences=found,
-        warnings=_counted(manifest, tools),
+        warnings=[*_slower(options, filled), *_counted(manifest, tools)],
+        filled=filled,
     )
 
 
@@ -237,14 +246,14 @@ def _require_free(manifest: Manifest) -> None:
 
 def _memory_filled(
     snapshot: Snapshot,
-    work: str,
+    entry: Entry,
     tools: Tools,
     options: RestoreOptions,
     phases: Phases,
     instance: Instance | None,
-) -> int:
-    """Restore the tree, stopped; gives the pid of the root, in its instance."""
-    manifest = snapshot.manifest
+) -> tuple[int, Filled | None]:
+    """Restore the tree, stopped; gives the pid of the root, in its instance, and what the page server filled in."""
+    manifest, work = snapshot.manifest, entry.work
     replaced = [(fd, resource, path) for fd, resource, path in manifest.replaced]
     default = os.path.join(stdio.LOGS, f"{manifest.name}.log")
     with contextlib.ExitStack() as held:
@@ -261,8 +270,38 @@ def _memory_filled(
             sibling=options.attached is not None,
             enter=instance.enter if instance is not None else (),
         )
-        with phases.phase("criu restore"):
-            return criu.restore(tools.criu, snapshot.images, wanted, options.timeout_s, work=work)
+        server = None if options.plain or userfaultfd.reason_against() else PageServer(snapshot.images, work)
+        if server is None or server.parts_memory:
+            with phases.phase("criu restore"):
+                return criu.restore(tools.criu, snapshot.images, wanted, options.timeout_s, work=work), None
+        held.enter_context(server)
+        wanted = replace(wanted, lazy_pages=True)
+        try:
+            with phases.phase("criu restore"):
+                pid = criu.restore(
+                    tools.criu, snapshot.images, wanted, options.timeout_s, work=work, check=server.check
+                )
+            with phases.phase("memory"):
+                return pid, server.finish(options.timeout_s)
+        except BaseException:
+            if instance is None:  # which ends what is in it
+                _kill(entry)
+            raise
+
+
+def _kill(entry: Entry) -> None:
+    """Kill what is half filled, while the page server still keeps it from reading zeros: `undo` waits for its end."""
+    root = criu.restored_pid(entry.work)
+    for pid, since in processes.family(root) if root is not None else ():
+        if since >= entry.since_ticks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _slower(options: RestoreOptions, filled: Filled | None) -> list[str]:
+    """Warns where CRIU alone had to read memory back."""
+    reason = userfaultfd.reason_against() if filled is None and not options.plain else None
+    return [f"CRIU alone read memory back, slower: {reason}"] if reason is not None else []
 
 
 def _let_go(

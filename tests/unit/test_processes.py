@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint.errors import TargetError
-from checkpoint.processes import mapping, namespaces_of, start_ticks, tree_of
+from checkpoint.processes import family, mapping, namespaces_of, start_ticks, tree_of
 from checkpoint.sockets import outside_peers, parse_inet, sockets_of
 
 STAT = "{pid} ({comm}) {state} {ppid} {pid} {session} 34816 -1 4194304 0 0 0 0 0 0 0 0 20 0 {threads} 0 {start} 0 0"
@@ -63,6 +63,14 @@ def test_parents_come_before_children(tree: Tree) -> None:
     assert root.cmdline == ("server", "--port", "80")
     assert root.namespaces == {"mnt": 4026531841}
     assert root.mounts == {30, 31}
+
+
+def test_a_family_is_known_without_reading_its_memory(tree: Tree) -> None:
+    for pid, children in ((10, "12 11 "), (11, ""), (12, "13 14")):
+        os.unlink(tree.add(pid, children=children) / "cmdline")
+    tree.add(13, state="Z")
+    assert family(10, proc=str(tree.root)) == [(10, 1234), (11, 1234), (12, 1234), (13, 1234)]
+    assert not family(99, proc=str(tree.root))
 
 
 def test_a_name_may_hold_what_it_likes(tree: Tree) -> None:

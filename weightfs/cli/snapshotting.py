@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
@@ -99,6 +100,7 @@ def restore(
     timeout: Annotated[float, typer.Option(help="Seconds for CRIU, and again until it answers.")] = 120.0,
     log: Log = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare the images' digests.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="No page server: CRIU reads memory back itself.")] = False,
     root: Annotated[str | None, typer.Option(help="Where its container's root filesystem is mounted.")] = None,
     new_pidns: Annotated[
         bool, typer.Option("--new-pidns", help="Beside another instance: own pids, own network.")
@@ -130,6 +132,7 @@ def restore(
             timeout_s=timeout,
             log=log,
             verify=not no_verify,
+            plain=plain,
             root=root,
             own_namespaces=new_pidns,
             ports=[parse_published(one) for one in publish or ()],
@@ -272,6 +275,7 @@ def _say_restored(back: Restored, *, as_json: bool) -> None:
             "pid": back.pid,
             "phases": back.seconds,
             "bytes": {"logical": back.manifest.bytes_logical, "read": back.bytes_read},
+            "memory": asdict(back.filled) if back.filled is not None else None,
             "warnings": back.warnings,
         }
         emit(document)
