@@ -6,8 +6,7 @@ import time
 from typing import Final
 
 from checkpoint import control
-from checkpoint.creation import options_kept
-from checkpoint.criu_command import ROOT_TO_BE_NAMED
+from checkpoint.criu_command import ROOT_TO_BE_NAMED, options_kept
 from checkpoint.errors import MisfitError, RetryError
 from checkpoint.manifest import Manifest
 from checkpoint.processes import start_ticks
