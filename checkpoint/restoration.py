@@ -99,8 +99,14 @@ def differences(manifest: Manifest, tools: Tools, command: Sequence[str] = ()) -
     return compare(manifest.fingerprint, now, uses_gpu=bool(manifest.cuda_pids))
 
 
-def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> Restored:
+def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phases: Phases | None = None) -> Restored:
     """Restore a snapshot of the store.
+
+    Args:
+        name: of the snapshot.
+        store: has it.
+        tools, options: see there.
+        phases: of the whole command, which those of the restore are added to.
 
     Raises:
         MisfitError: it does not fit this machine. Nothing was touched.
@@ -108,10 +114,12 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
         RetryError: a pid is taken, a GPU has too little memory free, or it took too long.
         CheckpointError: see `checkpoint.errors`. Whatever is raised, nothing that was restored is left.
     """
-    phases = Phases()
-    with store.lock(name, shared=True):
-        snapshot = store.open(name)
-        manifest = snapshot.manifest
+    phases = phases or Phases()
+    with contextlib.ExitStack() as held:
+        with phases.phase("open"):
+            held.enter_context(store.lock(name, shared=True))
+            snapshot = store.open(name)
+            manifest = snapshot.manifest
         with phases.phase("fit"):
             found = differences(manifest, tools, options.command)
             require_fit(name, found)
@@ -141,7 +149,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
                 pid = inside
                 if instance is not None:
                     pid = instance.pids()[inside]
-                journal.at("letting go", tree=control.tree(processes.tree_of(pid)), root=pid)
+                journal.at("letting go", tree=processes.family(pid), root=pid)
                 _let_go(manifest, entry.tree, weights, tools, phases, instance)
                 if options.ready is not None:
                     journal.at("ready")
@@ -192,7 +200,7 @@ def _instance(options: RestoreOptions, phases: Phases) -> Iterator[Instance | No
 def _wait(ready: Readiness, options: RestoreOptions, root: tuple[int, int], instance: Instance | None) -> None:
     inside = instance.network() if instance is not None and not options.ports else contextlib.nullcontext()
     with inside:
-        readiness.wait(ready, options.timeout_s, lambda: control.is_there(*root))
+        readiness.wait(ready, options.timeout_s, lambda: processes.is_there(*root))
 
 
 def _memory_filled(
