@@ -24,10 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import msgspec
-
 from checkpoint import control, criu, criu_command, in_use, points, processes, stdio
-from checkpoint.errors import CheckpointError, CorruptError, CudaError, RetryError, TargetError
+from checkpoint.errors import CheckpointError, CudaError, RetryError, TargetError
 from checkpoint.findings import Finding
 from checkpoint.journal import Entry, Journal
 from checkpoint.machine import fingerprint_here
@@ -284,15 +282,3 @@ def _kept(options: criu_command.RestoreOptions) -> dict[str, Any]:
     """The options that say something."""
     defaults = dataclasses.asdict(criu_command.RestoreOptions())
     return {key: value for key, value in dataclasses.asdict(options).items() if value != defaults[key]}
-
-
-def options_kept(kept: dict[str, Any]) -> criu_command.RestoreOptions:
-    """What `criu_options` of a manifest stand for; options of a later version are left out.
-
-    Raises:
-        CorruptError: they are none.
-    """
-    try:
-        return msgspec.convert(kept, criu_command.RestoreOptions)
-    except msgspec.ValidationError as e:
-        raise CorruptError(f"holds CRIU options that are none: {e}", path="manifest.json") from e

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from checkpoint import control
-from checkpoint.creation import options_kept
-from checkpoint.criu_command import ROOT_TO_BE_NAMED
+from checkpoint.criu_command import ROOT_TO_BE_NAMED, options_kept
 from checkpoint.cuda import Pair
 from checkpoint.cuda_helper import Cuda
 from checkpoint.errors import MisfitError, RetryError

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shutil
 from typing import Final
 
@@ -21,7 +20,7 @@ FOLDER: Final = "/run/weightfs/points"
 
 def make() -> str:
     """A new, empty folder for a process that is about to be started."""
-    path = os.path.join(FOLDER, secrets.token_hex(8))
+    path = os.path.join(FOLDER, os.urandom(8).hex())
     os.makedirs(path, mode=0o700)
     return path
 
@@ -60,5 +59,5 @@ def let_go(folder: str, state: str) -> None:
     os.makedirs(folder, mode=0o700, exist_ok=True)
     path = os.path.join(folder, "go")
     with open(f"{path}.new", "w", encoding="utf-8") as file:
-        json.dump({"token": secrets.token_hex(8), "state": state}, file)
+        json.dump({"token": os.urandom(8).hex(), "state": state}, file)
     os.rename(f"{path}.new", path)

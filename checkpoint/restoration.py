@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from checkpoint import control, criu, destination, in_use, instances, points, processes, readiness, stdio, userfaultfd
-from checkpoint.creation import options_kept
+from checkpoint.criu_command import options_kept
 from checkpoint.cuda import Pair
 from checkpoint.digests import Identity
 from checkpoint.fingerprint import Difference, compare, require_fit

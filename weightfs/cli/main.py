@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import typer
 
-from weightfs.cli import demo, inspecting, mounting, recording, setup, snapshot, timeline, warming
+from weightfs.cli import snapshot
+from weightfs.cli.lazily import LazyGroup
+
+
+class _Commands(LazyGroup):
+    COMMANDS: ClassVar[Mapping[str, str]] = {
+        "mount": "weightfs.cli.mounting:mount",
+        "umount": "weightfs.cli.mounting:umount",
+        "status": "weightfs.cli.mounting:status",
+        "warm": "weightfs.cli.warming:warm",
+        "evict": "weightfs.cli.warming:evict",
+        "residency": "weightfs.cli.warming:residency",
+        "ls": "weightfs.cli.inspecting:ls",
+        "record": "weightfs.cli.recording:record",
+        "verify": "weightfs.cli.inspecting:verify",
+        "doctor": "weightfs.cli.inspecting:doctor",
+        "timeline": "weightfs.cli.timeline:timeline",
+        "setup": "weightfs.cli.setup:setup",
+        "demo": "weightfs.cli.demo:demo",
+    }
+
 
 app = typer.Typer(
     name="weightfs",
     help="A read-only filesystem for model weights, at the speed of the bare file.",
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command()(mounting.mount)
-app.command()(mounting.umount)
-app.command()(mounting.status)
-app.command()(warming.warm)
-app.command()(warming.evict)
-app.command()(warming.residency)
-app.command()(inspecting.ls)
-app.command()(recording.record)
-app.command()(inspecting.verify)
-app.command()(inspecting.doctor)
-app.command()(timeline.timeline)
-app.command()(setup.setup)
-app.command()(demo.demo)
 app.add_typer(snapshot.snapshot)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 import typer
 
 from weightfs import linux
-from weightfs.cli.mounting import Json
+from weightfs.cli.options import Json
 from weightfs.cli.output import emit, human_bytes, printable, reporting, say
 from weightfs.cli.snapshot_store import DEFAULT_STORE, StoreFolder
 from weightfs.errors import UnfitError, UsageError
@@ -46,7 +46,6 @@ _NEEDED: Final = (
     ("SYS_TIME", linux.CAP_SYS_TIME),
 )
 """What a dump and a restore failed without in a container of crun, CRIU 4.2.1; nothing else was missed."""
-REST = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def create(
