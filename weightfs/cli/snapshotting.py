@@ -267,6 +267,8 @@ def _say_created(made: Created, *, as_json: bool) -> None:
 
 
 def _say_restored(back: Restored, *, as_json: bool) -> None:
+    import msgspec
+
     if as_json:
         document: dict[str, Any] = {
             "name": back.manifest.name,
@@ -276,6 +278,7 @@ def _say_restored(back: Restored, *, as_json: bool) -> None:
             "bytes": {"logical": back.manifest.bytes_logical, "read": back.bytes_read},
             "memory": asdict(back.filled) if back.filled is not None else None,
             "warnings": back.warnings,
+            "differences": [msgspec.to_builtins(one) for one in back.differences],
         }
         emit(document)
         return
