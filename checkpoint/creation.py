@@ -136,8 +136,12 @@ def _create(
     tree: Sequence[Process], draft: Draft, tools: Tools, options: CreateOptions, phases: Phases, journal: Journal
 ) -> Created:
     entry = journal.entry
-    with phases.phase("look"):
-        gpu_bytes = tools.cuda.used_bytes(list(entry.cuda)) if tools.cuda is not None and entry.cuda else {}
+    gpu_bytes: dict[str, int] = {}
+    gpu_models: dict[str, str] = {}
+    if tools.cuda is not None and entry.cuda:
+        with phases.phase("look"):
+            gpu_bytes = tools.cuda.used_bytes(list(entry.cuda))
+            gpu_models = {one.uuid: one.name for one in tools.cuda.devices()}
     with phases.phase("weights"):
         seen = in_use.mounts_seen(entry.root)
         paths = in_use.weight_files(tree, (one.mountpoint for one in seen))
@@ -189,6 +193,7 @@ def _create(
                 command=entry.command,
                 cuda_pids=list(entry.cuda),
                 gpu_bytes=gpu_bytes,
+                gpu_models=gpu_models,
                 stdio=[_leads_to(tree[0], fd) for fd in (0, 1, 2)],
                 replaced=replaced,
                 cwd=tree[0].cwd,

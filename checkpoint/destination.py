@@ -1,13 +1,19 @@
-"""Whether a snapshot can be restored where it is to go: a root filesystem, a pid namespace, free pids."""
+"""Whether a snapshot can be restored where it is to go: a root filesystem, a pid namespace, free pids, GPUs."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Final
 
 from checkpoint.criu_command import ROOT_TO_BE_NAMED, options_kept
+from checkpoint.cuda import Pair
+from checkpoint.cuda_helper import Cuda
 from checkpoint.errors import MisfitError, RetryError
+from checkpoint.fingerprint import Difference, require_fit
 from checkpoint.manifest import Manifest
+from checkpoint.nvml import Device
+from checkpoint.placement import Left, place
 from checkpoint.processes import is_there, start_ticks
 
 _WAITED_FOR_S: Final = 10.0
@@ -71,3 +77,47 @@ def require_free(manifest: Manifest) -> None:
                     mend=f"end its parent, which ps -o ppid= {pid} tells",
                 )
             time.sleep(_LOOK_S)
+
+
+def require_gpus(manifest: Manifest, cuda: Cuda | None) -> tuple[tuple[Pair, ...], list[Difference]]:
+    """See that what was in GPU memory has a place here.
+
+    Returns:
+        The pairs for `Cuda.restore_all`, none where each GPU in use is here; and what moves, for people.
+
+    Raises:
+        MisfitError: it has none, or the driver does not move a process; carries the GPUs there and here.
+        RetryError: there is one, but too little of it is free now.
+        CudaError: the driver can't be asked.
+    """
+    if not manifest.cuda_pids:
+        return (), []
+    if cuda is None:
+        raise MisfitError(
+            "the process used a GPU, and there is none here", mend="restore it where nvidia-smi shows one"
+        )
+    here = cuda.devices()
+    models, used = manifest.gpu_models, manifest.gpu_bytes
+    pairs: tuple[Pair, ...] = ()
+    if models and not used.keys() <= {one.uuid for one in here} and not cuda.moves():
+        why = "this driver restores only onto the very same GPU; driver 580 with cuda-bindings 13 moves a process"
+        require_fit(manifest.name, [_gpus(manifest, here, why)])
+    if models and cuda.moves():
+        left = [Left(uuid=uuid, name=model, used_bytes=used.get(uuid, 0)) for uuid, model in models.items()]
+        try:
+            pairs = place(left, here)
+        except MisfitError as e:
+            require_fit(manifest.name, [_gpus(manifest, here, e.message)])
+    cuda.require_free(used, pairs)
+    return pairs, [_moved(models[old], old, new) for old, new in pairs if old in used and old != new]
+
+
+def _gpus(manifest: Manifest, here: Sequence[Device], why: str) -> Difference:
+    there = ", ".join(f"{model} ({uuid})" for uuid, model in manifest.gpu_models.items())
+    found = ", ".join(f"{one.name} ({one.uuid})" for one in here) or "none"
+    return Difference(what="GPUs", snapshot=there, here=found, matters=True, why=why)
+
+
+def _moved(model: str, old: str, new: str) -> Difference:
+    why = "the driver moves what it held to another GPU of the same model"
+    return Difference(what=model, snapshot=old, here=new, matters=False, why=why)

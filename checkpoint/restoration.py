@@ -22,6 +22,7 @@ from typing import Final
 
 from checkpoint import control, criu, destination, in_use, instances, points, processes, readiness, stdio, userfaultfd
 from checkpoint.criu_command import options_kept
+from checkpoint.cuda import Pair
 from checkpoint.digests import Identity
 from checkpoint.fingerprint import Difference, compare, require_fit
 from checkpoint.instances import Instance, Published
@@ -126,8 +127,8 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
             destination.require_placed(manifest, root=options.root, own_namespaces=options.own_namespaces)
             if not options.own_namespaces and not destination.is_container(manifest):
                 destination.require_free(manifest)
-            if tools.cuda is not None:
-                tools.cuda.require_free(manifest.gpu_bytes)
+            pairs, moved = destination.require_gpus(manifest, tools.cuda)
+            found += moved
         with phases.phase("weights"):
             weights = check_weights(manifest, cache=tools.cache)
         if options.verify:
@@ -150,7 +151,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
                 if instance is not None:
                     pid = instance.pids()[inside]
                 journal.at("letting go", tree=processes.family(pid), root=pid)
-                _let_go(manifest, entry.tree, weights, tools, phases, instance)
+                _let_go(manifest, entry.tree, weights, tools, phases, instance, pairs)
                 if options.ready is not None:
                     journal.at("ready")
                     with phases.phase("ready"):
@@ -270,6 +271,7 @@ def _let_go(
     tools: Tools,
     phases: Phases,
     instance: Instance | None,
+    pairs: Sequence[Pair],
 ) -> None:
     unchanged_since(weights)
     if manifest.point is not None:
@@ -279,7 +281,7 @@ def _let_go(
         outside = instance.pids() if instance is not None else {}
         pids = [outside.get(pid, pid) for pid in manifest.cuda_pids]
         with phases.phase("cuda restore"):
-            tools.cuda.restore_all(pids)
+            tools.cuda.restore_all(pids, pairs, needed_bytes=manifest.gpu_bytes)
         with phases.phase("cuda unlock"):
             unchanged_since(weights)
             tools.cuda.unlock_all(pids)

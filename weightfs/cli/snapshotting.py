@@ -287,6 +287,8 @@ def _say_created(made: Created, seconds: dict[str, float], *, as_json: bool) -> 
 
 
 def _say_restored(back: Restored, seconds: dict[str, float], *, as_json: bool) -> None:
+    import msgspec
+
     if as_json:
         document: dict[str, Any] = {
             "name": back.manifest.name,
@@ -296,6 +298,7 @@ def _say_restored(back: Restored, seconds: dict[str, float], *, as_json: bool) -
             "bytes": {"logical": back.manifest.bytes_logical, "read": back.bytes_read},
             "memory": asdict(back.filled) if back.filled is not None else None,
             "warnings": back.warnings,
+            "differences": [msgspec.to_builtins(one) for one in back.differences],
         }
         emit(document)
         return
