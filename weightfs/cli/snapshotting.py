@@ -297,6 +297,7 @@ def _say_restored(back: Restored, seconds: dict[str, float], *, as_json: bool) -
             "phases": seconds,
             "bytes": {"logical": back.manifest.bytes_logical, "read": back.bytes_read},
             "memory": asdict(back.filled) if back.filled is not None else None,
+            "verified": asdict(back.verified) if back.verified is not None else None,
             "warnings": back.warnings,
             "differences": [msgspec.to_builtins(one) for one in back.differences],
         }
