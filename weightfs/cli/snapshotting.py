@@ -126,25 +126,27 @@ def restore(
     """
     with reporting(as_json=as_json), differences_shown(), undone_by_signals():
         require_key_choice(key_file or key_env or key_command, no_encrypt=no_encrypt)
-        from checkpoint import restoration
         from checkpoint.phases import Phases
-        from checkpoint.readiness import Readiness
-        from checkpoint.store import Store
 
         phases = Phases.of_this_process()
         if publish and not new_pidns:
             raise UsageError("--publish goes with --new-pidns")
-        options = restoration.RestoreOptions(
-            ready=Readiness(url=wait_url) if wait_url else None,
-            timeout_s=timeout,
-            log=log,
-            verify=not no_verify,
-            plain=plain,
-            root=root,
-            own_namespaces=new_pidns,
-            ports=[parse_published(one) for one in publish or ()],
-        )
-        with tools(phases) as found:
+        ports = [parse_published(one) for one in publish or ()]
+        with tools(phases) as found:  # first, since it begins to open the GPUs' driver, which takes longer
+            with phases.phase("start"):
+                from checkpoint import restoration
+                from checkpoint.readiness import Readiness
+                from checkpoint.store import Store
+            options = restoration.RestoreOptions(
+                ready=Readiness(url=wait_url) if wait_url else None,
+                timeout_s=timeout,
+                log=log,
+                verify=not no_verify,
+                plain=plain,
+                root=root,
+                own_namespaces=new_pidns,
+                ports=ports,
+            )
             back = restoration.restore(name, Store(store), found, options, phases)
         for warning in back.warnings:
             sys.stderr.write(f"weightfs: {printable(warning)}\n")
