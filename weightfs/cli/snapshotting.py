@@ -180,11 +180,13 @@ def tools(phases: Phases | None = None) -> Iterator[Tools]:
     Args:
         phases: of the command: finding the tools is one, and giving them up.
     """
-    from checkpoint import recovery
     from checkpoint.phases import Phases
-    from checkpoint.tools import found
 
     phases = phases or Phases()
+    with phases.phase("start"):
+        from checkpoint import recovery
+        from checkpoint.tools import found
+
     if os.geteuid() != 0:
         raise UnfitError("snapshots need root: CRIU reads and writes other processes", mend="run it as root")
     if missing := [name for name, number in _NEEDED if not linux.has_capability(number)]:
