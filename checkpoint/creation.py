@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from checkpoint import control, criu, criu_command, in_use, points, processes, stdio
+from checkpoint import attachments, control, criu, criu_command, in_use, points, processes, stdio
 from checkpoint.errors import CheckpointError, CudaError, RetryError, TargetError
 from checkpoint.findings import Finding
 from checkpoint.journal import Entry, Journal
@@ -159,7 +159,7 @@ def _create(
         )
     mount = next((one for one in seen if any(each.mountpoint == one.mountpoint for each in weights.weights)), None)
     dumped = criu_command.options_for(tree)
-    replaced = stdio.resources(tree)
+    replaced, outside = stdio.resources(tree), attachments.outside(tree)
     try:
         if tools.cuda is not None and entry.cuda:
             journal.at("locking")
@@ -187,6 +187,7 @@ def _create(
                 gpu_models=gpu_models,
                 stdio=[_leads_to(tree[0], fd) for fd in (0, 1, 2)],
                 replaced=replaced,
+                outside=outside,
                 cwd=tree[0].cwd,
                 mount=mount,
                 fingerprint=fingerprint_here(

@@ -273,13 +273,18 @@ def _of_an_attachment(one: Attachment) -> Finding:
     if one.kind == "tty":
         what, code = f"{where} is the terminal {one.path}", "terminal"
         why = "it can be restored onto another terminal only"
+        if not one.is_stdio:
+            return _fatal(code, pid, what, f"{why}, and a restore has one for its stdio alone", "close it")
         mend = "start it with its output to a file or pipe (>log 2>&1 </dev/null)"
     elif one.kind == "pipe":
         what, code = f"{where} is a pipe whose other end is outside of the tree", "pipe"
-        why = "in a restore nobody is there: it is given a log or an end of file instead"
+        why = "in a restore nobody is there: it is given a log, an end of file, or what swallows all that is written"
         mend = "none is needed for a log; else have the program open it anew"
     elif one.kind == "socket":
         what, code = f"{where} is a Unix connection to a process outside of the tree", "unix-peer"
+        if one.is_stdio:
+            why = "it can be restored onto another socket only, as `snapshot run` has one"
+            return _note(code, pid, what, why, "start it with its output to a file or pipe (>log 2>&1 </dev/null)")
         why = "it will be closed in the process that is restored"
         mend = "close it before the snapshot, or have the program connect anew when it fails"
     else:

@@ -20,7 +20,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from checkpoint import control, criu, destination, in_use, instances, points, processes, readiness, stdio, userfaultfd
+from checkpoint import (
+    attachments,
+    control,
+    criu,
+    destination,
+    in_use,
+    instances,
+    points,
+    processes,
+    readiness,
+    stdio,
+    userfaultfd,
+)
 from checkpoint.criu_command import options_kept
 from checkpoint.cuda import Pair
 from checkpoint.digests import Identity
@@ -218,7 +230,7 @@ def _memory_filled(
             kept,
             root=options.root or kept.root,
             leave_stopped=True,
-            inherit=inherit,
+            inherit=(*inherit, *held.enter_context(attachments.stand_ins(manifest.outside))),
             sibling=options.attached is not None,
             enter=instance.enter if instance is not None else (),
         )
