@@ -50,6 +50,8 @@ from checkpoint.tools import Tools
 from checkpoint.weights import check_weights, unchanged_since
 
 _CRIU_S: Final = 120.0
+_REPLACED_S: Final = 30.0
+"""Who replaces a snapshot holds it for as long as a dump takes; a cold start instead would take longer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +124,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
         CheckpointError: see `checkpoint.errors`. Whatever is raised, nothing that was restored is left.
     """
     phases = Phases()
-    with store.lock(name, shared=True):
+    with store.lock(name, shared=True, timeout_s=_REPLACED_S):
         snapshot = store.open(name)
         manifest = snapshot.manifest
         with phases.phase("fit"):
