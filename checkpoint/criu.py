@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
+from checkpoint import runtime
 from checkpoint.criu_command import (
     PID_FILE,
     Command,
@@ -52,7 +53,7 @@ OLDEST: Final = (4, 1, 0)
 BUNDLED: Final = "/opt/weightfs/criu/usr/sbin/criu"
 """Where tools/install-criu puts the one it brings."""
 
-_PLUGINS: Final = "/run/weightfs/no-criu-plugins"
+_PLUGINS: Final = "no-criu-plugins"
 _INSTALL: Final = "tools/install-criu"
 _ANSWER_S: Final = 20.0
 _ENDING_S: Final = 10.0
@@ -139,12 +140,11 @@ def _environment() -> dict[str, str]:
 
 
 def _empty_folder() -> str:
-    """A folder for plugins that is empty and that only its owner, this user, may write to."""
-    with contextlib.suppress(OSError):
-        os.makedirs(_PLUGINS, mode=0o755, exist_ok=True)
-        status = os.lstat(_PLUGINS)
-        if status.st_uid == os.geteuid() and not status.st_mode & 0o022 and not os.listdir(_PLUGINS):
-            return _PLUGINS
+    """A folder for plugins that is empty and that only its owner, this user or root, may write to."""
+    with contextlib.suppress(OSError, CheckpointError):
+        folder = runtime.made(_PLUGINS)
+        if not os.listdir(folder):
+            return folder
     import tempfile
 
     return tempfile.mkdtemp(prefix="weightfs-no-criu-plugins-")

@@ -1,7 +1,7 @@
 """What a command has begun: written before each step, so that whoever comes after its death can complete or undo it.
 
-A journal is a file below /run: processes do not outlive the machine's uptime, and neither need it. Its owner holds a
-flock on it; one that is not locked was left by a command that died.
+A journal is a file in the runtime folder (`checkpoint.runtime`): processes do not outlive the machine's uptime, and
+neither need it. Its owner holds a flock on it; one that is not locked was left by a command that died.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any, Final
 
 import msgspec
 
+from checkpoint import guarded, runtime
 from checkpoint.errors import CheckpointError
 
-FOLDER: Final = "/run/weightfs/checkpoint"
+_FOLDER: Final = "checkpoint"
 _SUFFIX: Final = ".json"
 
 
@@ -66,16 +67,17 @@ class Journal:
 
     Args:
         entry: what is begun.
-        folder: where it lies.
 
     Attributes:
         entry: what is written; `at` changes it.
+
+    Raises:
+        CheckpointError: the folder for journals can't be made, or others could have written there.
     """
 
-    def __init__(self, entry: Entry, folder: str = FOLDER) -> None:
+    def __init__(self, entry: Entry) -> None:
         self.entry = entry
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        self._path = os.path.join(folder, f"{os.urandom(8).hex()}{_SUFFIX}")
+        self._path = os.path.join(runtime.made(_FOLDER), f"{os.urandom(8).hex()}{_SUFFIX}")
         entry.work = self._path.removesuffix(_SUFFIX)
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,16 +106,19 @@ class Journal:
         os.ftruncate(self._fd, len(content))
 
 
-def left_over(folder: str = FOLDER) -> Iterator[tuple[str, Entry]]:
+def left_over() -> Iterator[tuple[str, Entry]]:
     """Journals of commands that died, each locked while it is dealt with; gives its path and entry.
 
     Raises:
+        CorruptError: others could have written where they lie.
         CheckpointError: one can't be read.
     """
+    folder = runtime.path_of(_FOLDER)
     try:
         names = sorted(os.listdir(folder))
     except FileNotFoundError:
         return
+    guarded.require_path_ours(folder)
     for name in names:
         if not name.endswith(_SUFFIX):
             continue

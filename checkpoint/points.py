@@ -15,13 +15,19 @@ import shutil
 from typing import Final
 
 VARIABLE: Final = "WEIGHTFS_SNAPSHOT_POINT"
-FOLDER: Final = "/run/weightfs/points"
+_FOLDER: Final = "points"
 
 
 def make() -> str:
-    """A new, empty folder for a process that is about to be started."""
-    path = os.path.join(FOLDER, os.urandom(8).hex())
-    os.makedirs(path, mode=0o700)
+    """A new, empty folder for a process that is about to be started.
+
+    Raises:
+        CheckpointError: it can't be made, or others could have written there.
+    """
+    from checkpoint import runtime  # here, since `client` is imported by programs that need nothing else of ours
+
+    path = os.path.join(runtime.made(_FOLDER), os.urandom(8).hex())
+    os.mkdir(path, 0o700)
     return path
 
 

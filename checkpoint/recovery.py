@@ -30,7 +30,7 @@ class Recovered:
     outcome: str
 
 
-def recover(tools: Tools, folder: str = journal.FOLDER) -> list[Recovered]:
+def recover(tools: Tools) -> list[Recovered]:
     """Deal with every journal that was left over, then with what is left over in the stores they name.
 
     Raises:
@@ -38,7 +38,7 @@ def recover(tools: Tools, folder: str = journal.FOLDER) -> list[Recovered]:
     """
     done = []
     stores = set()
-    for path, entry in journal.left_over(folder):
+    for path, entry in journal.left_over():
         stores.add(entry.store)
         if entry.kind == "create":
             outcome = _create(entry, tools)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
 import pytest
 
+from checkpoint import runtime
 from tests.helpers.mounting import Mounter, detach, mounts_below
 
 
 def pytest_configure() -> None:
     """A shell's job in the background ignores SIGINT, and so would Python, and whatever a test starts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _runtime_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A snapshot command puts right what another that died has left: not another test's, nor the machine's."""
+    os.environ[runtime.VARIABLE] = str(tmp_path_factory.getbasetemp() / "run")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint import runtime
 from checkpoint.criu import DumpOptions, dump, find_criu, restore, restore_options_of
 from tests.helpers.targets import needs_criu, target, the_criu
 
@@ -62,9 +63,8 @@ def test_none_is_loaded(tmp_path: Path, plugin: tuple[str, Path], monkeypatch: p
 
 @pytest.mark.parametrize("spoilt", ["with a plugin in it", "that others may write to"])
 def test_the_folder_for_plugins_is_nobody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str) -> None:
-    folder = tmp_path / "plugins"
-    folder.mkdir()
-    monkeypatch.setattr("checkpoint.criu._PLUGINS", str(folder))
+    folder = tmp_path / "no-criu-plugins"
+    monkeypatch.setenv(runtime.VARIABLE, str(tmp_path))
     assert find_criu(check=False).libdir == str(folder)
     if spoilt == "with a plugin in it":
         (folder / "cuda_plugin.so").touch()

@@ -120,7 +120,8 @@ def test_the_command_is_killed_meanwhile(tmp_path: Path, it: Commands, hasher: t
     with filling(it, tmp_path) as command:
         command.kill()
         command.communicate(timeout=10)
-    it.told("recover")  # unless any other snapshot command on this machine has done so by now
+    (found,) = it.told("recover")["recovered"]
+    assert (found["kind"], found["outcome"]) == ("restore", "undone")
     wait_until(lambda: start_ticks(one.pid) is None, "its pid is free")
     os.unlink(tmp_path / "held")
     it.told("restore", "warm")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint import runtime
 from checkpoint.processes import start_ticks
 from tests.helpers.mounting import wait_until
 from tests.helpers.targets import end, needs_criu
@@ -228,7 +229,12 @@ def test_as_systemd_starts_it(service: Service) -> None:
                 stdin=subprocess.DEVNULL,
                 stdout=theirs.fileno(),
                 stderr=theirs.fileno(),
-                env={"PATH": "/usr/bin:/bin", "NOTIFY_SOCKET": str(notified), "PYTHONPATH": os.getcwd()},
+                env={
+                    "PATH": "/usr/bin:/bin",
+                    "NOTIFY_SOCKET": str(notified),
+                    "PYTHONPATH": os.getcwd(),
+                    runtime.VARIABLE: os.environ[runtime.VARIABLE],
+                },
             )
             theirs.close()
             with process:

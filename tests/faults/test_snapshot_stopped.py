@@ -87,8 +87,8 @@ class Stopped(Commands):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.journals = str(folder / "journals")
-        self.env |= {"JOURNALS": self.journals, "PYTHONPATH": os.getcwd()}
+        self.journals = os.path.join(self.runtime, "checkpoint")
+        self.env["PYTHONPATH"] = os.getcwd()
         self.at("none", "kill")
 
     def at(self, point: str, how: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from checkpoint import runtime
 from checkpoint.processes import process, start_ticks
 from checkpoint.store import Store
 from tests.helpers.models import Tensor, write_safetensors
@@ -99,6 +100,7 @@ class Commands:
 
     Attributes:
         store: its folder.
+        runtime: their folder for journals: what one left is found by no other test's commands.
         log: given to every command that starts or restores something.
         env: of the commands.
     """
@@ -106,7 +108,8 @@ class Commands:
     def __init__(self, folder: Path) -> None:
         self.store = str(folder / "snapshots")
         self.log = str(folder / "server.log")
-        self.env = dict(os.environ)
+        self.runtime = str(folder / "run")
+        self.env = {**os.environ, runtime.VARIABLE: self.runtime}
         self._pids: list[tuple[int, int]] = []
         self.program = [WEIGHTFS]
 

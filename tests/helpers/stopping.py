@@ -6,7 +6,6 @@ POINT is `none`; `MODULE:NAME@before` or `@after` a call of that name; `STEP@` a
 HOW is `kill` (this process gets SIGKILL), `term` (SIGTERM), `fail` (the call raises), `full` (the same, by a disk
 without space), `criu` (CRIU gets SIGKILL) or `run:COMMAND` (something happens meanwhile, by a shell).
 
-JOURNALS in the environment is the folder for journals, so that no other test's commands find what was killed here.
 With CUDA_DOUBLE_WORLD in it the driver is `tests.helpers.cuda_double`.
 """
 
@@ -23,7 +22,6 @@ import sys
 import time
 from typing import Any
 
-from checkpoint import recovery
 from checkpoint.cuda_helper import Cuda
 from checkpoint.errors import CriuError
 from checkpoint.journal import Journal
@@ -101,9 +99,6 @@ def while_criu_runs(pattern: str, how: str) -> None:
 
 def main() -> None:
     point, how, *arguments = sys.argv[1:]
-    folder = os.environ["JOURNALS"]
-    Journal.__init__.__defaults__ = (folder,)
-    recovery.recover.__defaults__ = (folder,)
     if cuda_double.FILE_VARIABLE in os.environ:
         Cuda.detect = classmethod(lambda cls: cls(module=cuda_double.MODULE))  # type: ignore[method-assign, assignment]
     if point.startswith("criu@"):

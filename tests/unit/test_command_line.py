@@ -20,10 +20,10 @@ HEAVY = {
 """Libraries that `snapshot restore` does without: each takes the processor 20 ms or more."""
 RUN = """
 import sys
-from weightfs.cli.main import main
+from weightfs.cli.main import app
 sys.argv = ["weightfs", *sys.argv[1:]]
 try:
-    main()
+    app()
 except SystemExit as e:
     assert e.code in (0, 1, 3), e.code
 sys.stderr.write("modules: " + " ".join(sys.modules))

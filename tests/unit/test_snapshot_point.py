@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import client, points
+from checkpoint import client, points, runtime
 from checkpoint.client import on_restore, on_snapshot, snapshot_point
 from tests.helpers.mounting import wait_until
 
@@ -19,7 +19,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     for name in ("_before", "_after"):
         monkeypatch.setattr(client, name, [])
     monkeypatch.setattr(client, "_passed", set())
-    monkeypatch.setattr(points, "FOLDER", str(tmp_path))
+    monkeypatch.setenv(runtime.VARIABLE, str(tmp_path))
     made = points.make()
     monkeypatch.setenv(points.VARIABLE, made)
     return made
