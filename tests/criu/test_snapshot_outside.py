@@ -85,6 +85,19 @@ def test_a_file_of_a_mount_that_it_can_not_see_is_opened_anew(tmp_path: Path, co
         assert one.ask() == str(b"content")
 
 
+@pytest.mark.parametrize("how", ["ab", "wb"])
+def test_a_log_of_a_mount_that_it_can_not_see_is_refused(how: str, tmp_path: Path, commands: Commands) -> None:
+    """As a container's that goes to a file of the host."""
+    log = tmp_path / "log"
+    isolated = ("unshare", "--mount")
+    with open(log, how) as file, target(HOLDER, tmp_path, stdout=file.fileno(), prefix=isolated) as one:
+        one.said()
+        error = commands.refused("create", "warm", "--pid", str(one.pid), code=1)
+        assert f"descriptor 1 writes {log}, on a mount that it can't see" in error["message"]
+        assert "pipe" in error["mend"]
+        assert start_ticks(one.pid) is not None
+
+
 def test_a_terminal_is_refused(tmp_path: Path, commands: Commands) -> None:
     master, slave = os.openpty()
     with target(HOLDER, tmp_path, pass_fds=(slave,)) as one:
