@@ -123,6 +123,29 @@ def test_a_step_that_fails_for_one_is_undone_for_all(
     assert bench.world.states() == dict.fromkeys(pids, step.after)
 
 
+@pytest.mark.parametrize("step", [Step.CHECKPOINT, Step.RESTORE])
+def test_a_call_that_goes_on_without_its_helper_is_waited_for_and_undone(bench: DoubleBench, step: Step) -> None:
+    """For longer than a question may take else: 80 GB take a minute."""
+    pids = bench.pids(2)
+    bring(bench.world, pids, step.before)
+    bench.world.fail(step.value, "die_amid", pid=pids[1], seconds=2.0)
+    with bench.cuda(Deadlines(open_s=30.0, ask_s=1.0, move_s=20.0, lock_s=2.0, margin_s=5.0)) as cuda:
+        with pytest.raises(CudaError, match="helper process is gone") as caught:
+            take(cuda, step, pids)
+        assert caught.value.stuck == {}
+        assert bench.world.states() == dict.fromkeys(pids, step.before)
+        assert len(bench.world.helpers()) == 2
+
+
+def test_what_a_killed_command_left_amid_a_call_is_settled(bench: DoubleBench) -> None:
+    (pid,) = bench.pids(1)
+    bring(bench.world, [pid], State.CHECKPOINTED)
+    bench.world.set(pid, until=time.monotonic() + 2.0)
+    with bench.cuda(Deadlines(open_s=30.0, ask_s=1.0, move_s=20.0, lock_s=2.0, margin_s=5.0)) as cuda:
+        cuda.settle({pid: State.RUNNING})
+    assert bench.world.states() == {pid: State.RUNNING}
+
+
 @pytest.mark.parametrize("deed", ["hang", "hang_after"])
 @pytest.mark.parametrize("step", [Step.LOCK, Step.CHECKPOINT, Step.RESTORE])
 def test_a_step_that_hangs_is_given_up_and_undone(bench: DoubleBench, step: Step, deed: Deed) -> None:
