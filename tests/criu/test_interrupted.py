@@ -95,7 +95,7 @@ def test_a_restore_that_never_ends(tmp_path: Path, images: str, sibling: bool) -
         one.said()
         options = options_for(tree_of(one.pid))
         dump(the_criu(), one.pid, images, options, 60)
-        one.process.wait(10)
+        one.process.wait(30)
         os.truncate(f"{images}/pages-1.img", 4096)
         with pytest.raises(RetryError, match="did not restore"):
             restore(the_criu(), images, RestoreOptions(sibling=sibling), 2)
@@ -121,4 +121,4 @@ def test_a_signal_for_the_callers_terminal_does_not_reach_criu(tmp_path: Path, i
         looker.join()
         assert seen
         assert seen[0] != os.getsid(0)
-        one.process.wait(10)
+        one.process.wait(30)

@@ -49,7 +49,7 @@ def begin(mount: Mount, name: str) -> None:
 
 
 def prefetch(mount: Mount) -> dict[str, Any]:
-    return dict(within(5, mount.live)["prefetch"])
+    return dict(within(20, mount.live)["prefetch"])
 
 
 def progress(mount: Mount) -> dict[str, float]:
@@ -88,18 +88,18 @@ def test_a_device_that_stands_still_ends_one_prefetch(source: FailingSource, mou
     source.order({f"a/{WEIGHTS}": [(20 * MIB, 20 * MIB + 4096, "hang")]})
     began = time.monotonic()
     begin(mount, "a")
-    wait_until(lambda: progress(mount).get("a/model", 0) > 0.5, "what can be read is read", timeout_s=20)
+    wait_until(lambda: progress(mount).get("a/model", 0) > 0.5, "what can be read is read")
     assert warm(mount, "b")[1]["failure"] is None, "while the other stands still"
     (failed,) = wait_until(lambda: prefetch(mount)["failed"], "it is given up", timeout_s=40)
     assert time.monotonic() - began >= 25
     assert "the source does not answer" in failed["failure"]
     assert prefetch(mount)["active"] == []
-    assert within(1, lambda: sorted(os.listdir(mount.mountpoint))) == ["a", "b"]
+    assert within(20, lambda: sorted(os.listdir(mount.mountpoint))) == ["a", "b"]
     status, said = warm(mount, "a")
     assert status == 1, "nobody waits for it"
     assert "the source does not answer" in said["failure"]
     source.order()
-    wait_until(lambda: warm(mount, "a")[0] == 0, "it goes on when the source does", timeout_s=20)
+    wait_until(lambda: warm(mount, "a")[0] == 0, "it goes on when the source does")
 
 
 def write_large(path: str, layers: int, layer_bytes: int) -> None:
@@ -155,7 +155,7 @@ def test_what_is_foretold_gives_way_and_goes_on(source: FailingSource, mounter: 
     wait_until(lambda: 0 < progress(mount).get("a/model", 0) < 0.5, "a is being read")
     begin(mount, "b")
     wait_until(lambda: "b/model" in progress(mount), "b is being read")
-    wait_until(lambda: progress(mount).keys() <= {"b/model"}, "a has given way", timeout_s=1)
+    wait_until(lambda: progress(mount).keys() <= {"b/model"}, "a has given way")
 
     def outcome() -> str | None:
         (load,) = [one for one in mount.control("timeline")["loads"] if one["model"] == "a/model"]
@@ -164,9 +164,9 @@ def test_what_is_foretold_gives_way_and_goes_on(source: FailingSource, mounter: 
 
     assert wait_until(outcome, "its last reads end") == "memory was short, or somebody wanted a model"
     source.order()
-    wait_until(lambda: not progress(mount), "b has been read", timeout_s=20)
+    wait_until(lambda: not progress(mount), "b has been read")
 
-    wait_until(lambda: in_memory(source, "a") >= WHOLE, "a goes on", timeout_s=20)
+    wait_until(lambda: in_memory(source, "a") >= WHOLE, "a goes on")
     assert prefetch(mount)["failed"] == []
 
 
@@ -178,6 +178,6 @@ def test_a_successor_foretells_the_same(source: FailingSource, mounter: Mounter,
     wait_until(lambda: progress(mount).get("a/model", 0) > 0, "a is being read")
     dead = mount.kill_daemon()
     wait_until(lambda: mount.daemon_pid() != dead, "a successor serves")
-    wait_until(lambda: progress(mount).get("a/model", 0) > 0, "it reads a", timeout_s=20)
+    wait_until(lambda: progress(mount).get("a/model", 0) > 0, "it reads a")
     source.order()
-    wait_until(lambda: in_memory(source, "a") >= WHOLE, "it has read a", timeout_s=20)
+    wait_until(lambda: in_memory(source, "a") >= WHOLE, "it has read a")

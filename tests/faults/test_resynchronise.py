@@ -40,7 +40,7 @@ def unwatched(mount: Mount) -> Iterator[None]:
     mount.supervisor.signal(signal.SIGSTOP)
     try:
         daemon.signal(signal.SIGKILL)
-        assert daemon.has_ended(5)
+        assert daemon.has_ended(20)
         daemon.close()
         yield
     finally:

@@ -179,7 +179,7 @@ def test_a_daemon_that_does_not_answer(path: str, listener: socket.socket) -> No
     started = time.monotonic()
     with pytest.raises(BusyError, match="within"):
         ask(path, {"command": "echo"}, 0.2)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
 
 
 def test_a_daemon_that_ends_before_it_answers(path: str, listener: socket.socket) -> None:
@@ -256,7 +256,7 @@ def test_a_hundred_idle_clients_hold_nobody_up(path: str, listener: socket.socke
             stack.enter_context(connect(path))
         started = time.monotonic()
         assert ask(path, {"command": "echo"}, 5)
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 4
 
 
 def test_more_idle_clients_than_there_is_room_for_hold_others_up_for_a_moment(
