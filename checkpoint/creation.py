@@ -24,10 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import msgspec
-
 from checkpoint import control, criu, criu_command, in_use, points, processes, stdio
-from checkpoint.errors import CheckpointError, CorruptError, CudaError, RetryError, TargetError
+from checkpoint.errors import CheckpointError, CudaError, RetryError, TargetError
 from checkpoint.findings import Finding
 from checkpoint.journal import Entry, Journal
 from checkpoint.machine import fingerprint_here
@@ -130,7 +128,11 @@ def _create(
     tree: Sequence[Process], draft: Draft, tools: Tools, options: CreateOptions, phases: Phases, journal: Journal
 ) -> Created:
     entry = journal.entry
-    gpu_bytes = tools.cuda.used_bytes(list(entry.cuda)) if tools.cuda is not None and entry.cuda else {}
+    gpu_bytes: dict[str, int] = {}
+    gpu_models: dict[str, str] = {}
+    if tools.cuda is not None and entry.cuda:
+        gpu_bytes = tools.cuda.used_bytes(list(entry.cuda))
+        gpu_models = {one.uuid: one.name for one in tools.cuda.devices()}
     with phases.phase("weights"):
         seen = in_use.mounts_seen(entry.root)
         paths = in_use.weight_files(tree, (one.mountpoint for one in seen))
@@ -182,6 +184,7 @@ def _create(
                 command=entry.command,
                 cuda_pids=list(entry.cuda),
                 gpu_bytes=gpu_bytes,
+                gpu_models=gpu_models,
                 stdio=[_leads_to(tree[0], fd) for fd in (0, 1, 2)],
                 replaced=replaced,
                 cwd=tree[0].cwd,
@@ -279,15 +282,3 @@ def _kept(options: criu_command.RestoreOptions) -> dict[str, Any]:
     """The options that say something."""
     defaults = dataclasses.asdict(criu_command.RestoreOptions())
     return {key: value for key, value in dataclasses.asdict(options).items() if value != defaults[key]}
-
-
-def options_kept(kept: dict[str, Any]) -> criu_command.RestoreOptions:
-    """What `criu_options` of a manifest stand for; options of a later version are left out.
-
-    Raises:
-        CorruptError: they are none.
-    """
-    try:
-        return msgspec.convert(kept, criu_command.RestoreOptions)
-    except msgspec.ValidationError as e:
-        raise CorruptError(f"holds CRIU options that are none: {e}", path="manifest.json") from e

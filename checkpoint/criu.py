@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from typing import Final
 from checkpoint import runtime
 from checkpoint.criu_command import (
     PID_FILE,
+    Command,
     Criu,
     DumpOptions,
     RestoreOptions,
@@ -30,8 +30,7 @@ from checkpoint.criu_command import (
     restore_argv,
     restore_options_of,
 )
-from checkpoint.criu_log import Command, PidTakenError, explain
-from checkpoint.errors import CheckpointError, MisfitError, RetryError, TargetError
+from checkpoint.errors import CheckpointError, MisfitError, PidTakenError, RetryError, TargetError
 from checkpoint.processes import children_of, family, process, start_ticks
 
 __all__ = [
@@ -146,6 +145,8 @@ def _empty_folder() -> str:
         folder = runtime.made(_PLUGINS)
         if not os.listdir(folder):
             return folder
+    import tempfile
+
     return tempfile.mkdtemp(prefix="weightfs-no-criu-plugins-")
 
 
@@ -276,6 +277,8 @@ def _work_folder(work: str | None) -> Iterator[str]:
     if work is not None:
         yield work
     else:
+        import tempfile
+
         with tempfile.TemporaryDirectory(prefix="weightfs-criu-") as folder:
             yield folder
 
@@ -314,6 +317,8 @@ def _run(
         _end(criu, work)
         raise
     if criu.returncode:
+        from checkpoint.criu_log import explain  # what failed is worth the time, what did not is not
+
         raise explain(_log(os.path.join(work, log_name(command)), said), command)
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from checkpoint.attachments import attachments_of
-from checkpoint.criu_log import Command
+import msgspec
+
+from checkpoint.errors import CorruptError
 from checkpoint.processes import Process, namespaces_of
-from checkpoint.sockets import Socket, outside_peers, sockets_of
 from weightfs import linux
+
+if TYPE_CHECKING:
+    from checkpoint.sockets import Socket
+
+Command = Literal["dump", "restore"]
 
 PID_FILE: Final = "restored.pid"
 """Where a restore leaves the pid of the root, in the work folder."""
@@ -135,6 +140,10 @@ def options_for(processes: Sequence[Process], sockets: Mapping[int, Socket] | No
         processes: the whole tree, root first.
         sockets: of the tree; without, they are looked at now.
     """
+    # Only a dump needs them, and a restore is not to wait for them.
+    from checkpoint.attachments import attachments_of
+    from checkpoint.sockets import outside_peers, sockets_of
+
     if sockets is None:
         sockets = sockets_of(processes)
     inside = {one.pid for one in processes}
@@ -253,3 +262,15 @@ def restore_options_of(options: DumpOptions) -> RestoreOptions:
         external=tuple(one for one in options.external if one == OWN_MOUNTS),
         root="/" if OWN_MOUNTS in options.external else None,
     )
+
+
+def options_kept(kept: dict[str, Any]) -> RestoreOptions:
+    """What `criu_options` of a manifest stand for; options of a later version are left out.
+
+    Raises:
+        CorruptError: they are none.
+    """
+    try:
+        return msgspec.convert(kept, RestoreOptions)
+    except msgspec.ValidationError as e:
+        raise CorruptError(f"holds CRIU options that are none: {e}", path="manifest.json") from e

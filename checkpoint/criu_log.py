@@ -11,9 +11,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from checkpoint.errors import CheckpointError, CorruptError, CriuError, MisfitError, RetryError, TargetError
+from checkpoint.criu_command import Command
+from checkpoint.errors import (
+    CheckpointError,
+    CorruptError,
+    CriuError,
+    MisfitError,
+    PidTakenError,
+    RetryError,
+    TargetError,
+)
 
-Command = Literal["dump", "restore"]
 Kind = Literal["target", "failed", "misfit", "corrupt", "retry", "pid"]
 
 _ERROR: Final = re.compile(r"Error \([^)]*\): (?P<text>.*)")
@@ -24,19 +32,6 @@ _BUSY_FD: Final = re.compile(r"Unable to open fd=(?P<fd>\d+) id=")
 _DUMPED_PID: Final = re.compile(r"Dump (?:files|mappings) \(pid: (?P<pid>\d+)\) failed|Collect mappings \(pid: (\d+)\)")
 _RESTORED_PID: Final = re.compile(r"^\([\d.]+\)\s+(?P<pid>\d+): Error ")
 _TAIL_LINES: Final = 60
-
-
-class PidTakenError(RetryError):
-    """A pid that the restore needs belongs to another process.
-
-    Args:
-        message, mend: see `WeightfsError`.
-        pid: which.
-    """
-
-    def __init__(self, message: str, *, mend: str | None = None, pid: int) -> None:
-        super().__init__(message, mend=mend)
-        self.pid = pid
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ NOT_READY: Final = 600
 NOT_SUPPORTED: Final = 801
 
 _MEND_BINDINGS: Final = "pip install 'cuda-bindings>=12.8'"
+_MOVES_FROM: Final = 580
 _MEND_DRIVER: Final = "install Nvidia driver 570 or newer"
 
 Pair = tuple[str, str]
@@ -42,6 +43,9 @@ class Driver(Protocol):
 
     def devices(self) -> tuple[Device, ...]:
         """Every GPU, with its memory as it is now."""
+
+    def moves(self) -> bool:
+        """Whether it can restore a process onto other GPUs than its own, see `restore`."""
 
     def process_state(self, pid: int) -> State:
         """The state a process is in; a code where it is no CUDA process."""
@@ -93,6 +97,11 @@ class CudaDriver:
     def devices(self) -> tuple[Device, ...]:
         """See `Driver`."""
         return self._nvml.devices()
+
+    def moves(self) -> bool:
+        """See `Driver`."""
+        # In CUDA 12.8 and 12.9 the arguments of a restore are reserved, and a driver of theirs takes no pairs.
+        return hasattr(self._driver, "CUcheckpointGpuPair") and int(self.version().partition(".")[0]) >= _MOVES_FROM
 
     def process_state(self, pid: int) -> State:
         """See `Driver`."""

@@ -96,6 +96,10 @@ class Cuda:
         """Every GPU, with its memory as it is now."""
         return self._ask(Request(call="devices"), self._deadlines.ask_s).devices
 
+    def moves(self) -> bool:
+        """Whether the driver can restore onto other GPUs of the same model (driver 580, cuda-bindings 13)."""
+        return self._ask(Request(call="moves"), self._deadlines.ask_s).number == 1
+
     def used_bytes(self, pids: Sequence[int]) -> dict[str, int]:
         """What these processes hold of each GPU, by UUID: what a restore needs there. GPUs not used are left out."""
         used = {one.uuid: sum(one.used_bytes.get(pid, 0) for pid in pids) for one in self.devices()}

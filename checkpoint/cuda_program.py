@@ -35,7 +35,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         serial: counts up; the answer has the same.
     """
 
-    call: Literal["version", "devices", "state", "lock", "checkpoint", "restore", "unlock", "restore_thread"]
+    call: Literal["version", "devices", "moves", "state", "lock", "checkpoint", "restore", "unlock", "restore_thread"]
     pid: int = 0
     timeout_ms: int = 0
     pairs: tuple[tuple[str, str], ...] = ()
@@ -47,7 +47,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     Attributes:
         failure: why it failed, empty if it did not; `result` and `mend` are then those of the CudaError.
-        number: a state, or a thread.
+        number: a state, a thread, or 1 for yes.
         text: the version.
         devices: the GPUs.
         serial: that of the request.
@@ -70,6 +70,8 @@ def answer(driver: Driver, request: Request) -> Answer:
                 return Answer(text=driver.version())
             case "devices":
                 return Answer(devices=driver.devices())
+            case "moves":
+                return Answer(number=int(driver.moves()))
             case "state":
                 return Answer(number=int(driver.process_state(request.pid)))
             case "lock":

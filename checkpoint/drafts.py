@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +37,7 @@ class Draft:
     ) -> None:
         self.name = name
         self.folder = folder
-        self.id = secrets.token_hex(16)
+        self.id = os.urandom(16).hex()
         self._lock_fd = lock_fd
         self._publish = publish
         self._sweep = sweep

@@ -2,13 +2,14 @@
 
 WeightfsError
 └── CheckpointError              exit 1    the target or the process restored could not be dealt with
-        ├── TargetError              exit 1    the process can't be checkpointed as it is: carries why and what to do
+    ├── TargetError              exit 1    the process can't be checkpointed as it is: carries why and what to do
     ├── CriuError                exit 1    CRIU failed; carries the end of its log
-        ├── CudaError                exit 1    the driver refused; carries its code and which pid is stuck where
+    ├── CudaError                exit 1    the driver refused; carries its code and which pid is stuck where
     ├── SnapshotNameError        exit 1    no snapshot of that name, or one already
     ├── MisfitError              exit 3    the snapshot does not fit this machine; carries what differs
     ├── CorruptError             exit 4    bytes of a snapshot, or weights it refers to, are not what they were
     └── RetryError               exit 75   busy, timed out, pid taken, too little free GPU memory
+        └── PidTakenError        exit 75   of CRIU, which met the pid that a process of the snapshot has
 """
 
 from __future__ import annotations
@@ -117,3 +118,16 @@ class RetryError(CheckpointError, BusyError):
 
     exit_code = BusyError.exit_code
     code: ClassVar[str] = "retry"
+
+
+class PidTakenError(RetryError):
+    """A pid that the restore needs belongs to another process.
+
+    Args:
+        message, mend: see `WeightfsError`.
+        pid: which.
+    """
+
+    def __init__(self, message: str, *, mend: str | None = None, pid: int) -> None:
+        super().__init__(message, mend=mend)
+        self.pid = pid

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from typing import Any, Final
@@ -78,7 +77,7 @@ class Journal:
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
-        self._path = os.path.join(runtime.made(_FOLDER), f"{secrets.token_hex(8)}{_SUFFIX}")
+        self._path = os.path.join(runtime.made(_FOLDER), f"{os.urandom(8).hex()}{_SUFFIX}")
         entry.work = self._path.removesuffix(_SUFFIX)
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

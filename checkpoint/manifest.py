@@ -22,7 +22,7 @@ import msgspec
 from checkpoint.errors import CorruptError, MisfitError, SnapshotNameError
 from checkpoint.fingerprint import Fingerprint
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of the schema. Whoever adds, removes or reinterprets a key raises it; older ones are still read."""
 
 MOST_BYTES: Final = 64 << 20
@@ -97,6 +97,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         command: the root's command line. Nothing of its environment is kept.
         cuda_pids: those of them that use CUDA.
         gpu_bytes: what they held of each GPU, by its UUID.
+        gpu_models: the model of every GPU of the machine, by its UUID; empty where none was used, and before version 2.
         stdio: what descriptors 0, 1 and 2 of the root led to.
         replaced: what of that is given anew at a restore: descriptor, CRIU's name for it, path of a log file or empty.
         listeners: the TCP sockets that listened, as `ADDRESS:PORT`.
@@ -122,6 +123,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     command: list[str]
     cuda_pids: list[Count] = []
     gpu_bytes: dict[str, Count] = {}
+    gpu_models: dict[str, str] = {}
     stdio: list[str] = []
     replaced: list[tuple[int, str, str]] = []
     listeners: list[str] = []

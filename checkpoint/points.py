@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shutil
 from typing import Final
 
@@ -27,7 +26,7 @@ def make() -> str:
     """
     from checkpoint import runtime  # here, since `client` is imported by programs that need nothing else of ours
 
-    path = os.path.join(runtime.made(_FOLDER), secrets.token_hex(8))
+    path = os.path.join(runtime.made(_FOLDER), os.urandom(8).hex())
     os.mkdir(path, 0o700)
     return path
 
@@ -66,5 +65,5 @@ def let_go(folder: str, state: str) -> None:
     os.makedirs(folder, mode=0o700, exist_ok=True)
     path = os.path.join(folder, "go")
     with open(f"{path}.new", "w", encoding="utf-8") as file:
-        json.dump({"token": secrets.token_hex(8), "state": state}, file)
+        json.dump({"token": os.urandom(8).hex(), "state": state}, file)
     os.rename(f"{path}.new", path)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import time
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -81,6 +79,9 @@ def while_there(pid: int) -> Callable[[], bool]:
 
 
 def _answers(url: str) -> bool:
+    import http.client  # with TLS and all, 30 ms: only who asks waits for it
+    import urllib.request
+
     try:
         with urllib.request.urlopen(url, timeout=_ANSWER_S) as reply:
             return int(reply.status) < 400

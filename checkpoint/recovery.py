@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from checkpoint import creation, criu, journal, restoration
+from checkpoint import journal
 from checkpoint.journal import Entry
 from checkpoint.store import Store
 from checkpoint.tools import Tools
@@ -43,6 +43,8 @@ def recover(tools: Tools) -> list[Recovered]:
         if entry.kind == "create":
             outcome = _create(entry, tools)
         else:
+            from checkpoint import restoration  # each command asks, and there is hardly ever anything to do
+
             restoration.undo(entry)
             outcome = "undone"
         journal.finish(path)
@@ -53,6 +55,8 @@ def recover(tools: Tools) -> list[Recovered]:
 
 
 def _create(entry: Entry, tools: Tools) -> str:
+    from checkpoint import creation, criu
+
     if entry.images:
         criu.wait_for(entry.images, _CRIU_S)
     if entry.step == "finishing" or creation.published(entry) is not None:

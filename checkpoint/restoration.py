@@ -20,11 +20,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from checkpoint import control, criu, in_use, instances, points, processes, readiness, stdio, userfaultfd
-from checkpoint.creation import options_kept
-from checkpoint.criu_command import ROOT_TO_BE_NAMED
+from checkpoint import control, criu, destination, in_use, instances, points, processes, readiness, stdio, userfaultfd
+from checkpoint.criu_command import options_kept
+from checkpoint.cuda import Pair
 from checkpoint.digests import Identity
-from checkpoint.errors import MisfitError, RetryError
 from checkpoint.fingerprint import Difference, compare, require_fit
 from checkpoint.instances import Instance, Published
 from checkpoint.journal import Entry, Journal
@@ -38,11 +37,7 @@ from checkpoint.store import Snapshot, Store
 from checkpoint.tools import Tools
 from checkpoint.weights import check_weights, unchanged_since
 
-_WAITED_FOR_S: Final = 10.0
-"""Init, or whoever started it, may be slow to wait for a process that was dumped."""
-_LOOK_S: Final = 0.02
 _CRIU_S: Final = 120.0
-_CORE_OF_PID_1: Final = "core-1.img"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,11 +116,11 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
         with phases.phase("fit"):
             found = differences(manifest, tools, options.command)
             require_fit(name, found)
-            _require_placed(manifest, options)
-            if not options.own_namespaces and not _is_container(manifest):
-                _require_free(manifest)
-            if tools.cuda is not None:
-                tools.cuda.require_free(manifest.gpu_bytes)
+            destination.require_placed(manifest, root=options.root, own_namespaces=options.own_namespaces)
+            if not options.own_namespaces and not destination.is_container(manifest):
+                destination.require_free(manifest)
+            pairs, moved = destination.require_gpus(manifest, tools.cuda)
+            found += moved
         with phases.phase("weights"):
             weights = check_weights(manifest, cache=tools.cache)
         if options.verify:
@@ -148,7 +143,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
                 if instance is not None:
                     pid = instance.pids()[inside]
                 journal.at("letting go", tree=control.tree(processes.tree_of(pid)), root=pid)
-                _let_go(manifest, entry.tree, weights, tools, phases, instance)
+                _let_go(manifest, entry.tree, weights, tools, phases, instance, pairs)
                 if options.ready is not None:
                     journal.at("ready")
                     with phases.phase("ready"):
@@ -199,49 +194,6 @@ def _wait(ready: Readiness, options: RestoreOptions, root: tuple[int, int], inst
     inside = instance.network() if instance is not None and not options.ports else contextlib.nullcontext()
     with inside:
         readiness.wait(ready, options.timeout_s, lambda: control.is_there(*root))
-
-
-def _is_container(manifest: Manifest) -> bool:
-    """Whether its root is pid 1 of a pid namespace, which the images hold."""
-    return any(file.name == _CORE_OF_PID_1 for file in manifest.files)
-
-
-def _require_placed(manifest: Manifest, options: RestoreOptions) -> None:
-    """Refuse what can't be restored where it is to go."""
-    inside = "or have the container run `weightfs snapshot run`, which needs neither"
-    root = options_kept(manifest.criu_options).root
-    if root == ROOT_TO_BE_NAMED and options.root is None:
-        raise MisfitError(
-            "the process had the root filesystem of a container", mend=f"mount it and name it with --root, {inside}"
-        )
-    if root is None and options.root is not None:
-        raise MisfitError("the process had no mounts of its own, and takes no --root", mend="leave it away")
-    if not _is_container(manifest):
-        return
-    if options.own_namespaces:
-        raise MisfitError("the process brings its own pid and network namespace", mend="leave --new-pidns away")
-    if manifest.cuda_pids:
-        raise MisfitError(
-            "the process was pid 1 of a container and used a GPU: which of its processes did is not known any more",
-            mend="make the snapshot with `weightfs snapshot run --create` inside the container",
-        )
-
-
-def _require_free(manifest: Manifest) -> None:
-    until = time.monotonic() + _WAITED_FOR_S
-    for pid in manifest.pids:
-        while (since := start_ticks(pid)) is not None:
-            if control.is_there(pid, since):
-                raise RetryError(
-                    f"pid {pid}, which a process of the snapshot has, is taken",
-                    mend="end that process, or restore into a pid namespace of its own (--new-pidns)",
-                )
-            if time.monotonic() > until:
-                raise RetryError(
-                    f"pid {pid} is still held by a process that has ended: its parent does not wait for it",
-                    mend=f"end its parent, which ps -o ppid= {pid} tells",
-                )
-            time.sleep(_LOOK_S)
 
 
 def _memory_filled(
@@ -311,6 +263,7 @@ def _let_go(
     tools: Tools,
     phases: Phases,
     instance: Instance | None,
+    pairs: Sequence[Pair],
 ) -> None:
     unchanged_since(weights)
     if manifest.point is not None:
@@ -320,7 +273,7 @@ def _let_go(
         outside = instance.pids() if instance is not None else {}
         pids = [outside.get(pid, pid) for pid in manifest.cuda_pids]
         with phases.phase("cuda restore"):
-            tools.cuda.restore_all(pids)
+            tools.cuda.restore_all(pids, pairs, needed_bytes=manifest.gpu_bytes)
         with phases.phase("cuda unlock"):
             unchanged_since(weights)
             tools.cuda.unlock_all(pids)

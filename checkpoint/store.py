@@ -21,7 +21,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -327,7 +326,7 @@ class Store:
 
 
 def _temporary(prefix: str, name: str) -> str:
-    return f"{prefix}{name}.{secrets.token_hex(4)}"
+    return f"{prefix}{name}.{os.urandom(4).hex()}"
 
 
 def _name_of(temporary: str) -> str:

@@ -333,6 +333,13 @@ class TestOtherGpus:
             cuda.restore_all([pid], [(UUID, SECOND)])
         assert bench.world.states() == {pid: State.CHECKPOINTED}
 
+    @pytest.mark.parametrize("moves", [True, False])
+    def test_whether_the_driver_moves_processes_is_asked_of_it(
+        self, bench: DoubleBench, cuda: Cuda, moves: bool
+    ) -> None:
+        bench.world.become({UUID: "Double"}, moves=moves)
+        assert cuda.moves() is moves
+
     def test_a_gpu_that_is_not_here_is_not_ours_to_judge(self, bench: DoubleBench, cuda: Cuda) -> None:
         cuda.require_free({"GPU-33333333-2222-3333-4444-555555555555": 1 << 60})
 

@@ -34,6 +34,7 @@ from checkpoint.states import State, Step
 MODULE: Final = __name__
 FILE_VARIABLE: Final = "CUDA_DOUBLE_WORLD"
 UUID: Final = "GPU-11111111-2222-3333-4444-555555555555"
+MODEL: Final = "Double"
 _MIB: Final = 1 << 20
 _LOOK_S: Final = 0.002
 _NAMES: Final = {
@@ -68,7 +69,18 @@ class World:
         """One without processes. `gpus`: memory in MiB by UUID."""
         devices = gpus if gpus is not None else {UUID: 80_000}
         path.write_text(
-            json.dumps({"gpus": devices, "processes": {}, "faults": [], "calls": [], "helpers": [], "mig": []})
+            json.dumps(
+                {
+                    "gpus": devices,
+                    "models": {},
+                    "moves": True,
+                    "processes": {},
+                    "faults": [],
+                    "calls": [],
+                    "helpers": [],
+                    "mig": [],
+                }
+            )
         )
         return cls(path)
 
@@ -110,6 +122,11 @@ class World:
         with self.change() as world:
             world["mig"].append(uuid)
 
+    def become(self, gpus: dict[str, str], *, moves: bool = True) -> None:
+        """Have other GPUs, given by UUID and model, of 80 GB each; `moves` is whether the driver moves processes."""
+        with self.change() as world:
+            world.update(gpus=dict.fromkeys(gpus, 80_000), models=gpus, moves=moves)
+
     def states(self) -> dict[int, State]:
         with self.change() as world:
             return {int(pid): State(one["state"]) for pid, one in world["processes"].items()}
@@ -145,6 +162,10 @@ class CudaDouble:
     def devices(self) -> tuple[Device, ...]:
         with self._world.change() as world:
             return tuple(self._device(world, uuid) for uuid in world["gpus"])
+
+    def moves(self) -> bool:
+        with self._world.change() as world:
+            return bool(world["moves"])
 
     def process_state(self, pid: int) -> State:
         after = self._fault("state", pid)
@@ -230,7 +251,7 @@ class CudaDouble:
         total = world["gpus"][uuid] * _MIB
         return Device(
             uuid=uuid,
-            name="Double",
+            name=world["models"].get(uuid, MODEL),
             total_bytes=total,
             free_bytes=total - sum(used.values()),
             used_bytes=used,

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from checkpoint.errors import CorruptError, MisfitError
-from checkpoint.manifest import ImageFile, Manifest, Mount, Weight, decode, encode
+from checkpoint.manifest import VERSION, ImageFile, Manifest, Mount, Weight, decode, encode
 from tests.helpers.snapshots import FINGERPRINT
 
 DIGEST = "ab" * 32
@@ -158,7 +158,7 @@ def test_hostile_values_are_refused(change: dict[str, Any]) -> None:
 
 def test_a_newer_one_is_a_misfit_and_an_unknown_key_is_not_overlooked() -> None:
     document = msgspec.to_builtins(WHOLE)
-    newer = json.dumps({**document, "version": 2, "chunks": []}).encode()
+    newer = json.dumps({**document, "version": VERSION + 1, "chunks": []}).encode()
     with pytest.raises(MisfitError, match="newer"):
         decode(sealed(newer), "")
     with pytest.raises(CorruptError, match="chunks"):

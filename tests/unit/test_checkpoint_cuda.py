@@ -187,6 +187,18 @@ def test_pairs_reach_the_driver_as_bytes(bindings: Bindings) -> None:
     assert swapped == [(uuid_bytes(UUID), uuid_bytes(other)), (uuid_bytes(other), uuid_bytes(UUID))]
 
 
+@pytest.mark.parametrize(
+    ("version", "knows_pairs", "moves"), [("580.1", True, True), ("575.57.08", True, False), ("590.2", False, False)]
+)
+def test_whether_a_process_can_be_moved(
+    bindings: Bindings, monkeypatch: pytest.MonkeyPatch, version: str, knows_pairs: bool, moves: bool
+) -> None:
+    if not knows_pairs:
+        monkeypatch.delattr(Bindings, "CUcheckpointGpuPair")
+    monkeypatch.setattr(CudaDriver, "version", lambda _: version)
+    assert CudaDriver().moves() is moves
+
+
 @pytest.mark.parametrize("text", ["", "GPU-", "GPU-0001", "MIG-00010203-0405-0607-0809-0a0b0c0d0e0f", UUID + "00"])
 def test_what_is_no_uuid_never_reaches_the_driver(bindings: Bindings, text: str) -> None:
     driver = CudaDriver()

@@ -8,8 +8,17 @@ from typing import cast
 
 import pytest
 
-from checkpoint.criu_log import Command, PidTakenError, explain
-from checkpoint.errors import CheckpointError, CorruptError, CriuError, MisfitError, RetryError, TargetError
+from checkpoint.criu_command import Command
+from checkpoint.criu_log import explain
+from checkpoint.errors import (
+    CheckpointError,
+    CorruptError,
+    CriuError,
+    MisfitError,
+    PidTakenError,
+    RetryError,
+    TargetError,
+)
 
 LOGS = Path(__file__).parent / "criu_logs"
 

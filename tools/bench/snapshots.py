@@ -24,7 +24,6 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from _harness import MIB, WEIGHTFS, Report, Samples, alternate, mounted, parser, workplace, write_file
 
 from checkpoint import control, criu_command
-from checkpoint.creation import options_kept
 from checkpoint.criu import find_criu
 from checkpoint.processes import start_ticks, tree_of
 from checkpoint.store import Store
@@ -116,7 +115,9 @@ class Bench:
         snapshot = Store(self._store).open(_NAME)
         with tempfile.TemporaryDirectory() as work, open(self._log, "ab") as log:
             inherit = tuple((log.fileno(), resource) for _, resource, _ in snapshot.manifest.replaced)
-            options = replace(options_kept(snapshot.manifest.criu_options), leave_stopped=True, inherit=inherit)
+            options = replace(
+                criu_command.options_kept(snapshot.manifest.criu_options), leave_stopped=True, inherit=inherit
+            )
             argv = criu_command.restore_argv(self._criu, snapshot.images, options, work=work)
             took = _timed(argv, pass_fds=(log.fileno(),))
         self.end()

@@ -13,7 +13,8 @@ import time
 from typing import Any
 
 from weightfs import mounts
-from weightfs.cli.mounting import Json, end, start
+from weightfs.cli.mounting import end, start
+from weightfs.cli.options import Json
 from weightfs.cli.output import emit, human_bytes, reporting, say
 from weightfs.config import MountConfig
 from weightfs.errors import IntegrityError, UnfitError, WeightfsError

@@ -11,7 +11,8 @@ import typer
 from prefetch.orders import read_order
 from prefetch.plan import Layer, Plan, plan_of
 from weightfs import model
-from weightfs.cli.mounting import Json, end, start
+from weightfs.cli.mounting import end, start
+from weightfs.cli.options import Json
 from weightfs.cli.output import emit, human_bytes, printable, reporting, say
 from weightfs.cli.placing import home_of
 from weightfs.errors import IntegrityError, UnfitError, WeightfsError

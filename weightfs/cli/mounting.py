@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, NoReturn
 import typer
 
 from weightfs import mounts, systemd
+from weightfs.cli.options import Json
 from weightfs.cli.output import announce, emit, fail, human_bytes, printable, reporting, say
 from weightfs.config import MountConfig, mount_config
 from weightfs.control import error_from
@@ -23,8 +24,6 @@ from weightfs.supervision.replacement import ask_to_replace
 _START_S: Final = 40.0
 _STATUS_S: Final = 5.0
 _END_S: Final = 5.0
-
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
 def mount(

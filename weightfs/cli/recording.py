@@ -20,7 +20,8 @@ from prefetch.learning import learn
 from prefetch.orders import write_order
 from prefetch.plan import Extent
 from weightfs import model, mounts
-from weightfs.cli.mounting import Json, end, start
+from weightfs.cli.mounting import end, start
+from weightfs.cli.options import Json
 from weightfs.cli.output import emit, human_bytes, printable, reporting
 from weightfs.cli.placing import SCRATCH, Home, home_below, home_of
 from weightfs.config import MountConfig

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from weightfs import mounts
-from weightfs.cli.mounting import Json
+from weightfs.cli.options import Json
 from weightfs.cli.output import emit, printable, reporting, say
 from weightfs.config import STATE_BASE
 from weightfs.errors import BusyError, UnfitError, UsageError, WeightfsError

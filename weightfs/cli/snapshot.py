@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import typer
 
-from weightfs.cli import snapshot_run, snapshot_store, snapshotting
+from weightfs.cli.lazily import LazyGroup
+
+
+class _Commands(LazyGroup):
+    COMMANDS: ClassVar[Mapping[str, str]] = {
+        "create": "weightfs.cli.snapshotting:create",
+        "restore": "weightfs.cli.snapshotting:restore",
+        "run": "weightfs.cli.snapshot_run:run",
+        "recover": "weightfs.cli.snapshotting:recover",
+        "list": "weightfs.cli.snapshot_store:list_snapshots",
+        "show": "weightfs.cli.snapshot_store:show",
+        "verify": "weightfs.cli.snapshot_store:verify",
+        "rm": "weightfs.cli.snapshot_store:rm",
+        "prune": "weightfs.cli.snapshot_store:prune",
+    }
+    WITH_REST: ClassVar[frozenset[str]] = frozenset({"create", "run"})
+
 
 snapshot = typer.Typer(
     name="snapshot",
     help="Snapshot a warmed process with its GPU state, and bring it back.",
+    cls=_Commands,
     no_args_is_help=True,
 )
-snapshot.command(context_settings=snapshotting.REST)(snapshotting.create)
-snapshot.command()(snapshotting.restore)
-snapshot.command(context_settings=snapshotting.REST)(snapshot_run.run)
-snapshot.command()(snapshotting.recover)
-snapshot.command("list")(snapshot_store.list_snapshots)
-snapshot.command()(snapshot_store.show)
-snapshot.command()(snapshot_store.verify)
-snapshot.command()(snapshot_store.rm)
-snapshot.command()(snapshot_store.prune)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from weightfs.cli.mounting import Json
+from weightfs.cli.options import Json
 from weightfs.cli.output import emit, fail, human_bytes, printable, reporting, say
 from weightfs.errors import BusyError, IntegrityError, UnfitError, UsageError, WeightfsError
 from weightfs.sizes import parse_bytes, parse_seconds

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 import typer
 
 from weightfs import linux
-from weightfs.cli.mounting import Json
+from weightfs.cli.options import Json
 from weightfs.cli.output import emit, human_bytes, printable, reporting, say
 from weightfs.cli.snapshot_store import DEFAULT_STORE, StoreFolder
 from weightfs.errors import UnfitError, UsageError
@@ -46,7 +46,6 @@ _NEEDED: Final = (
     ("SYS_TIME", linux.CAP_SYS_TIME),
 )
 """What a dump and a restore failed without in a container of crun, CRIU 4.2.1; nothing else was missed."""
-REST = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def create(
@@ -268,6 +267,8 @@ def _say_created(made: Created, *, as_json: bool) -> None:
 
 
 def _say_restored(back: Restored, *, as_json: bool) -> None:
+    import msgspec
+
     if as_json:
         document: dict[str, Any] = {
             "name": back.manifest.name,
@@ -277,6 +278,7 @@ def _say_restored(back: Restored, *, as_json: bool) -> None:
             "bytes": {"logical": back.manifest.bytes_logical, "read": back.bytes_read},
             "memory": asdict(back.filled) if back.filled is not None else None,
             "warnings": back.warnings,
+            "differences": [msgspec.to_builtins(one) for one in back.differences],
         }
         emit(document)
         return

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Final
 import typer
 
 from weightfs.cli import waterfall
-from weightfs.cli.mounting import Json, find
+from weightfs.cli.mounting import find
+from weightfs.cli.options import Json
 from weightfs.cli.output import emit, human_bytes, printable, reporting, say
 from weightfs.cli.placing import control_socket
 from weightfs.control import ask

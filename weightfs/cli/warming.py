@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from weightfs import mounts
-from weightfs.cli.mounting import Json
+from weightfs.cli.options import Json
 from weightfs.cli.output import emit, fail, human_bytes, printable, reporting, say
 from weightfs.cli.placing import control_socket, is_below
 from weightfs.control import ask
