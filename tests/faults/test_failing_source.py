@@ -16,6 +16,7 @@ from prefetch.residency import resident_bytes
 from tests.helpers.failing_source import FailingSource, failing
 from tests.helpers.models import model_tensors, write, write_safetensors
 from tests.helpers.mounting import Mount, Mounter, errno_from, wait_until, weightfs, within
+from tests.helpers.versions import make_version
 from weightfs.index.history import History
 from weightfs.index.store import IndexStore
 
@@ -83,15 +84,31 @@ def test_a_device_that_fails_ends_one_prefetch(source: FailingSource, mounter: M
     assert prefetch(mount)["failed"] == []
 
 
-def test_a_device_that_stands_still_ends_one_prefetch(source: FailingSource, mounter: Mounter) -> None:
-    mount = mounter(source.folder)
+STALLED_S = 8.0
+IMPATIENT = {
+    "service.py": [
+        (
+            "from prefetch.budget import",
+            f"import prefetch.scheduler as _\n_.STALLED_S = {STALLED_S}\nfrom prefetch.budget import",
+        )
+    ]
+}
+"""Edits that have a daemon give up sooner than after 30 s."""
+
+
+def test_a_device_that_stands_still_ends_one_prefetch(
+    source: FailingSource, mounter: Mounter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as during:
+        during.setenv("PYTHONPATH", make_version(f"{tmp_path}/impatient", IMPATIENT))
+        mount = mounter(source.folder)
     source.order({f"a/{WEIGHTS}": [(20 * MIB, 20 * MIB + 4096, "hang")]})
     began = time.monotonic()
     begin(mount, "a")
     wait_until(lambda: progress(mount).get("a/model", 0) > 0.5, "what can be read is read")
     assert warm(mount, "b")[1]["failure"] is None, "while the other stands still"
     (failed,) = wait_until(lambda: prefetch(mount)["failed"], "it is given up", timeout_s=40)
-    assert time.monotonic() - began >= 25
+    assert time.monotonic() - began >= STALLED_S - 0.5
     assert "the source does not answer" in failed["failure"]
     assert prefetch(mount)["active"] == []
     assert within(20, lambda: sorted(os.listdir(mount.mountpoint))) == ["a", "b"]
