@@ -27,7 +27,7 @@ from weightfs.wire import Opcode
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> float:
     monkeypatch.setattr(module, "_TICK_S", 0.03)
-    return 0.05
+    return 0.3
 
 
 def test_a_request_not_answered_in_time_is_eio_once(short: float) -> None:
