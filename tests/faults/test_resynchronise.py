@@ -20,7 +20,7 @@ import pytest
 from tests.helpers.models import write
 from tests.helpers.mounting import Daemon, Mount, Mounter, both_engines, wait_until
 
-SOON_S = 3.0
+SOON_S = 20.0
 
 
 @pytest.fixture

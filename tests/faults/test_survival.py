@@ -71,9 +71,7 @@ def children(pid: int) -> list[int]:
 def standby(mount: Mount) -> int:
     """The pid of the daemon that waits; waits for one."""
     serving = mount.daemon_pid()
-    return wait_until(
-        lambda: next((pid for pid in children(mount.supervisor.pid) if pid != serving), 0), "a standby", timeout_s=10
-    )
+    return wait_until(lambda: next((pid for pid in children(mount.supervisor.pid) if pid != serving), 0), "a standby")
 
 
 def waits(thread_id: int) -> str:

@@ -29,7 +29,7 @@ from tests.helpers.models import (
 from tests.helpers.mounting import Mount, Mounter, both_engines, child, wait_until, wait_until_settled, weightfs
 
 ROWS = 2048
-SHOWS_S = 10.0
+SHOWS_S = 30.0
 
 
 def files_below(folder: str) -> list[str]:

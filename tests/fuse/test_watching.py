@@ -31,7 +31,7 @@ from tests.helpers.mounting import (
     within,
 )
 
-SOON_S = 1.0
+SOON_S = 20.0
 ASKING = ("lookup", "getattr", "readdirplus")
 
 
