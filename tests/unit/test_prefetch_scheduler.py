@@ -425,7 +425,7 @@ def test_pressure_takes_one_model_at_a_time_until_it_falls(tmp_path: Path, monke
 
 def test_what_no_byte_comes_of_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shelf, gate = FakeShelf(tmp_path), Gate(monkeypatch)
-    monkeypatch.setattr("prefetch.scheduler.STALLED_S", 0.2)
+    monkeypatch.setattr("prefetch.underway.STALLED_S", 0.2)
     cool(shelf, "a")
     scheduler = Scheduler(shelf, SchedulerConfig())
 
