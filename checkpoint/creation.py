@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from checkpoint import control, criu, criu_command, in_use, points, processes, stdio
+from checkpoint import attachments, control, criu, criu_command, in_use, points, processes, stdio
 from checkpoint.errors import CheckpointError, CudaError, RetryError, TargetError
 from checkpoint.findings import Finding
 from checkpoint.journal import Entry, Journal
@@ -160,7 +160,7 @@ def _create(
             gpu_bytes=sum(gpu_bytes.values()),
         )
         dumped = criu_command.options_for(tree)
-        replaced = stdio.resources(tree)
+        replaced, outside = stdio.resources(tree), attachments.outside(tree)
     if fatal := [one for one in found if one.fatal]:
         more = f" (and {len(fatal) - 1} more)" if len(fatal) > 1 else ""
         raise TargetError(
@@ -196,6 +196,7 @@ def _create(
                 gpu_models=gpu_models,
                 stdio=[_leads_to(tree[0], fd) for fd in (0, 1, 2)],
                 replaced=replaced,
+                outside=outside,
                 cwd=tree[0].cwd,
                 mount=mount,
                 fingerprint=fingerprint_here(

@@ -21,7 +21,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from checkpoint import control, criu, destination, in_use, instances, points, processes, readiness, stdio, userfaultfd
+from checkpoint import (
+    attachments,
+    control,
+    criu,
+    destination,
+    in_use,
+    instances,
+    points,
+    processes,
+    readiness,
+    stdio,
+    userfaultfd,
+)
 from checkpoint.criu_command import options_kept
 from checkpoint.cuda import Pair
 from checkpoint.digests import Identity
@@ -42,6 +54,8 @@ from checkpoint.verification import Verification, Verified
 from checkpoint.weights import check_weights, unchanged_since
 
 _CRIU_S: Final = 120.0
+_REPLACED_S: Final = 30.0
+"""Who replaces a snapshot holds it for as long as a dump takes; a cold start instead would take longer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +139,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
     verified = None
     with contextlib.ExitStack() as held:
         with phases.phase("open"):
-            held.enter_context(store.lock(name, shared=True))
+            held.enter_context(store.lock(name, shared=True, timeout_s=_REPLACED_S))
             snapshot = store.open(name)
             manifest = snapshot.manifest
             verification = None
@@ -242,7 +256,7 @@ def _memory_filled(
             kept,
             root=options.root or kept.root,
             leave_stopped=True,
-            inherit=inherit,
+            inherit=(*inherit, *held.enter_context(attachments.stand_ins(manifest.outside))),
             sibling=options.attached is not None,
             enter=instance.enter if instance is not None else (),
         )

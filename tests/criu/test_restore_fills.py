@@ -68,7 +68,7 @@ def hasher(tmp_path: Path, it: Commands) -> Iterator[tuple[Target, str]]:
     with target(HASHES, tmp_path) as one:
         before = one.said()
         it.told("create", "warm", "--pid", str(one.pid))
-        one.process.wait(10)
+        one.process.wait(30)
         yield one, before
 
 
@@ -120,7 +120,7 @@ def test_the_command_is_killed_meanwhile(tmp_path: Path, it: Commands, hasher: t
     (tmp_path / "held").touch()
     with filling(it, tmp_path) as command:
         command.kill()
-        command.communicate(timeout=10)
+        command.communicate(timeout=30)
     (found,) = it.told("recover")["recovered"]
     assert (found["kind"], found["outcome"]) == ("restore", "undone")
     wait_until(lambda: start_ticks(one.pid) is None, "its pid is free")
@@ -167,7 +167,7 @@ def test_what_a_fork_shares_stays_shared(tmp_path: Path, it: Commands) -> None:
         assert one.said() == "forked"
         before = shared_kib(one.pid)
         it.told("create", "warm", "--pid", str(one.pid))
-        one.process.wait(10)
+        one.process.wait(30)
         back = it.told("restore", "warm")
         assert back["memory"] is None
         assert shared_kib(one.pid) < before * 1.2
