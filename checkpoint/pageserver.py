@@ -17,8 +17,9 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from checkpoint.errors import CheckpointError, RetryError
 from checkpoint.filling import Buffer, Filling
@@ -36,8 +37,7 @@ _RETRY_S: Final = 0.001
 _PID: Final = struct.Struct("<i")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Filled:
+class Filled(msgspec.Struct, frozen=True, kw_only=True):
     """What was filled in.
 
     Attributes:

@@ -18,8 +18,10 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
+
+import msgspec
 
 from checkpoint import (
     attachments,
@@ -58,8 +60,7 @@ _REPLACED_S: Final = 30.0
 """Who replaces a snapshot holds it for as long as a dump takes; a cold start instead would take longer."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RestoreOptions:
+class RestoreOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How a snapshot is restored.
 
     Attributes:
@@ -87,8 +88,7 @@ class RestoreOptions:
     ports: Sequence[Published] = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Restored:
+class Restored(msgspec.Struct, frozen=True, kw_only=True):
     """What was restored.
 
     Attributes:

@@ -25,8 +25,9 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from checkpoint import guarded, manifest
 from checkpoint.drafts import Draft
@@ -45,8 +46,7 @@ _IN_USE_S: Final = 30.0
 """For a restore to end: it holds its snapshot until its process answers."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Listed:
+class Listed(msgspec.Struct, frozen=True, kw_only=True):
     """A name in the store.
 
     Attributes:

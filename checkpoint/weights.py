@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from checkpoint.digest_cache import DigestCache
 from checkpoint.digests import Digested, Identity, digest_files
@@ -19,8 +20,7 @@ from checkpoint.manifest import Manifest, Weight
 _ANEW: Final = "bring the file back as it was, or make the snapshot anew"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Identified:
+class Identified(msgspec.Struct, frozen=True, kw_only=True):
     """Weight files as they were found.
 
     Attributes:

@@ -11,7 +11,6 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
@@ -300,8 +299,8 @@ def _say_restored(back: Restored, seconds: dict[str, float], *, as_json: bool) -
             "pid": back.pid,
             "phases": seconds,
             "bytes": {"logical": back.manifest.bytes_logical, "read": back.bytes_read},
-            "memory": asdict(back.filled) if back.filled is not None else None,
-            "verified": asdict(back.verified) if back.verified is not None else None,
+            "memory": msgspec.to_builtins(back.filled),
+            "verified": msgspec.to_builtins(back.verified),
             "warnings": back.warnings,
             "differences": [msgspec.to_builtins(one) for one in back.differences],
         }
