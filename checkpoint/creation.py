@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from checkpoint import attachments, control, criu, criu_command, in_use, points, processes, stdio
+from checkpoint import attachments, control, criu, criu_command, in_use, points, processes, programs, stdio
 from checkpoint.errors import CheckpointError, CudaError, RetryError, TargetError
 from checkpoint.findings import Finding
 from checkpoint.journal import Entry, Journal
@@ -151,6 +151,9 @@ def _create(
             cache=tools.cache,
             root=f"/proc/{entry.root}/root",
         )
+    with phases.phase("programs"):
+        mapped = set(programs.mapped(tree)) - set(paths)
+        code = programs.identify(sorted(mapped), cache=tools.cache, root=f"/proc/{entry.root}/root")
     with phases.phase("examine"):
         found = examine(
             tree,
@@ -206,6 +209,7 @@ def _create(
                     root=f"/proc/{entry.root}/root",
                 ),
                 weights=list(weights.weights),
+                programs=code,
                 phases=phases.seconds,
                 hooks=options.point is not None and points.reached(options.point) is not None,
                 point=options.point,

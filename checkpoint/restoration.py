@@ -152,6 +152,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
             destination.require_placed(manifest, root=options.root, own_namespaces=options.own_namespaces)
             if not options.own_namespaces and not destination.is_container(manifest):
                 destination.require_free(manifest)
+            destination.require_programs(manifest, tools.cache, root=options.root)
             pairs, moved = destination.require_gpus(manifest, tools.cuda)
             found += moved
         with phases.phase("weights"):
