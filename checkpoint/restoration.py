@@ -7,7 +7,8 @@
     ready           as above, until the process answers
 
 The tree is restored stopped, and its memory filled in by a page server while CRIU goes on (see
-`checkpoint.pageserver`); once all of it is there, every weight file is looked at once more, and the tree runs.
+`checkpoint.pageserver`); once all of it is there, and what it was read from is verified (see
+`checkpoint.verification`), every weight file is looked at once more, and the tree runs.
 """
 
 from __future__ import annotations
@@ -36,17 +37,20 @@ from checkpoint import (
 from checkpoint.criu_command import options_kept
 from checkpoint.cuda import Pair
 from checkpoint.digests import Identity
+from checkpoint.errors import CheckpointError
 from checkpoint.fingerprint import Difference, compare, require_fit
 from checkpoint.instances import Instance, Published
 from checkpoint.journal import Entry, Journal
 from checkpoint.machine import fingerprint_here
 from checkpoint.manifest import Manifest
+from checkpoint.pagemap import private_pages
 from checkpoint.pageserver import Filled, PageServer
 from checkpoint.phases import Phases
 from checkpoint.processes import start_ticks
 from checkpoint.readiness import Readiness
 from checkpoint.store import Snapshot, Store
 from checkpoint.tools import Tools
+from checkpoint.verification import Verification, Verified
 from checkpoint.weights import check_weights, unchanged_since
 
 _CRIU_S: Final = 120.0
@@ -95,6 +99,7 @@ class Restored:
         differences: between the machines, none of which matters.
         warnings: a line each.
         filled: what the page server filled in; None where CRIU read it back.
+        verified: what was compared with its digests; None where that was not asked for.
     """
 
     manifest: Manifest
@@ -104,6 +109,7 @@ class Restored:
     differences: list[Difference]
     warnings: list[str]
     filled: Filled | None
+    verified: Verified | None
 
 
 def differences(manifest: Manifest, tools: Tools, command: Sequence[str] = ()) -> list[Difference]:
@@ -114,8 +120,14 @@ def differences(manifest: Manifest, tools: Tools, command: Sequence[str] = ()) -
     return compare(manifest.fingerprint, now, uses_gpu=bool(manifest.cuda_pids))
 
 
-def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> Restored:
+def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phases: Phases | None = None) -> Restored:
     """Restore a snapshot of the store.
+
+    Args:
+        name: of the snapshot.
+        store: has it.
+        tools, options: see there.
+        phases: of the whole command, which those of the restore are added to.
 
     Raises:
         MisfitError: it does not fit this machine. Nothing was touched.
@@ -123,10 +135,17 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
         RetryError: a pid is taken, a GPU has too little memory free, or it took too long.
         CheckpointError: see `checkpoint.errors`. Whatever is raised, nothing that was restored is left.
     """
-    phases = Phases()
-    with store.lock(name, shared=True, timeout_s=_REPLACED_S):
-        snapshot = store.open(name)
-        manifest = snapshot.manifest
+    phases = phases or Phases()
+    verified = None
+    with contextlib.ExitStack() as held:
+        with phases.phase("open"):
+            held.enter_context(store.lock(name, shared=True, timeout_s=_REPLACED_S))
+            snapshot = store.open(name)
+            manifest = snapshot.manifest
+            verification = None
+            if options.verify:
+                later = () if options.plain or userfaultfd.reason_against() else private_pages(snapshot.images)
+                verification = held.enter_context(Verification(snapshot, later))
         with phases.phase("fit"):
             found = differences(manifest, tools, options.command)
             require_fit(name, found)
@@ -138,9 +157,9 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
             found += moved
         with phases.phase("weights"):
             weights = check_weights(manifest, cache=tools.cache)
-        if options.verify:
+        if verification is not None:
             with phases.phase("verify"):
-                snapshot.verify()
+                verification.others()
         entry = Entry(
             kind="restore",
             name=name,
@@ -153,11 +172,14 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
         with Journal(entry) as journal, _instance(options, phases) as instance:
             try:
                 journal.at("restoring")
-                inside, filled = _memory_filled(snapshot, entry, tools, options, phases, instance)
+                inside, filled = _memory_filled(snapshot, entry, tools, options, phases, instance, verification)
+                if verification is not None:
+                    with phases.phase("verify"):
+                        verified = verification.finish()
                 pid = inside
                 if instance is not None:
                     pid = instance.pids()[inside]
-                journal.at("letting go", tree=control.tree(processes.tree_of(pid)), root=pid)
+                journal.at("letting go", tree=processes.family(pid), root=pid)
                 _let_go(manifest, entry.tree, weights, tools, phases, instance, pairs)
                 if options.ready is not None:
                     journal.at("ready")
@@ -176,6 +198,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
         differences=found,
         warnings=[*_slower(options, filled), *_counted(manifest, tools)],
         filled=filled,
+        verified=verified,
     )
 
 
@@ -208,7 +231,7 @@ def _instance(options: RestoreOptions, phases: Phases) -> Iterator[Instance | No
 def _wait(ready: Readiness, options: RestoreOptions, root: tuple[int, int], instance: Instance | None) -> None:
     inside = instance.network() if instance is not None and not options.ports else contextlib.nullcontext()
     with inside:
-        readiness.wait(ready, options.timeout_s, lambda: control.is_there(*root))
+        readiness.wait(ready, options.timeout_s, lambda: processes.is_there(*root))
 
 
 def _memory_filled(
@@ -218,6 +241,7 @@ def _memory_filled(
     options: RestoreOptions,
     phases: Phases,
     instance: Instance | None,
+    verification: Verification | None,
 ) -> tuple[int, Filled | None]:
     """Restore the tree, stopped; gives the pid of the root, in its instance, and what the page server filled in."""
     manifest, work = snapshot.manifest, entry.work
@@ -239,20 +263,29 @@ def _memory_filled(
         )
         server = None if options.plain or userfaultfd.reason_against() else PageServer(snapshot.images, work)
         if server is None or server.parts_memory:
+            if verification is not None:  # CRIU reads all images
+                with phases.phase("verify"):
+                    verification.finish()
             with phases.phase("criu restore"):
                 return criu.restore(tools.criu, snapshot.images, wanted, options.timeout_s, work=work), None
         held.enter_context(server)
         wanted = replace(wanted, lazy_pages=True)
+
+        def check() -> None:
+            server.check()
+            if verification is not None:
+                verification.check()
+
         try:
             with phases.phase("criu restore"):
-                pid = criu.restore(
-                    tools.criu, snapshot.images, wanted, options.timeout_s, work=work, check=server.check
-                )
+                pid = criu.restore(tools.criu, snapshot.images, wanted, options.timeout_s, work=work, check=check)
             with phases.phase("memory"):
                 return pid, server.finish(options.timeout_s)
-        except BaseException:
+        except BaseException as e:
             if instance is None:  # which ends what is in it
                 _kill(entry)
+            if verification is not None and isinstance(e, CheckpointError):
+                verification.finish()  # bytes that are not those that were written may be why
             raise
 
 
