@@ -35,10 +35,11 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from prefetch.course import Course
 from prefetch.pace import Disks, Pace
 from prefetch.plan import Extent
 from prefetch.residency import is_resident, resident_bytes
@@ -47,8 +48,6 @@ from weightfs import linux
 
 log = logging.getLogger(__name__)
 
-CHUNK_BYTES: Final = 4 << 20
-"""What a thread reads at a time."""
 _HUGE_BYTES: Final = 2 << 20
 """Of most processors. Where huge pages are of another size sendfile reads."""
 _PIECE_BYTES: Final = 512 << 10
@@ -81,7 +80,7 @@ class Fill:
     """One model being read in. Counters may be read from any thread.
 
     Attributes:
-        chunks: what to read, a read each; see `cut`.
+        chunks: what to read, a read each.
         fds: a descriptor for each file, by the chunks' names of it, which must stay open until `on_end` is called.
         awaited: whether its loader has the weights open. Then it is read with the usual I/O priority, else with the
             idle one, behind whatever anybody reads.
@@ -92,7 +91,7 @@ class Fill:
         failure: why it ended early, None when it did not.
     """
 
-    chunks: Iterator[Extent]
+    chunks: Course
     fds: dict[str, int]
     on_end: Callable[[], None]
     awaited: bool = False
@@ -166,6 +165,16 @@ class Filler:
             self._turn.notify_all()
         for thread in threads:  # the first of them reads before the last has begun
             thread.start()
+
+    def lead(self, fill: Fill, place: Extent) -> None:
+        """Go on elsewhere; see `Course.lead`."""
+        with self._turn:
+            fill.chunks.lead(place)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the kernel reads hardly further than we do: then what we did not read was read by somebody else."""
+        return self._unseen_bytes <= _HUGE_BYTES
 
     def halt(self, halted: bool) -> None:
         """Begin no read for now, or go on."""
@@ -356,13 +365,3 @@ class Filler:
         except Exception:
             log.exception("the end of a prefetch failed")
         fill.ended.set()
-
-
-def cut(extents: Iterator[Extent], chunk_bytes: int = CHUNK_BYTES) -> Iterator[Extent]:
-    """Extents as reads of `chunk_bytes` at most, which end where a multiple of that does."""
-    for extent in extents:
-        start = extent.offset
-        while start < extent.end:
-            end = min(extent.end, (start // chunk_bytes + 1) * chunk_bytes)
-            yield Extent(extent.file, start, end - start)
-            start = end
