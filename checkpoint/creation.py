@@ -184,7 +184,9 @@ def _create(
         with phases.phase("criu dump"):
             stopped = replace(dumped, leave_stopped=True)
             criu.dump(tools.criu, entry.root, draft.images, stopped, options.timeout_s, work=entry.work)
-        journal.at("committing", id=draft.id)
+        # All are stopped now, with the children they have had since they were looked at.
+        stays = processes.family(entry.root) or control.with_descendants(entry.tree)
+        journal.at("committing", id=draft.id, tree=stays)
         with phases.phase("store"):
             unchanged_since(weights.identities)
             said = Manifest(
@@ -275,7 +277,7 @@ def finish(entry: Entry, tools: Tools) -> None:
 
 
 def _go_on(entry: Entry, tools: Tools) -> None:
-    control.resume(entry.tree)
+    control.resume(control.with_descendants(entry.tree))  # a dump stops those as well
     if tools.cuda is not None and entry.cuda:
         tools.cuda.settle({pid: State(number) for pid, number in entry.cuda.items()})
 
