@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from checkpoint.errors import CheckpointError
@@ -64,6 +64,20 @@ def end_all(who: Tree) -> None:
         CheckpointError: one does not die.
     """
     end(with_descendants(who))
+
+
+def to_its_end(do: Callable[[], None]) -> None:
+    """Do what puts processes right, all of it: a signal that ends the command has it done anew before it does.
+
+    One signal: whoever has made signals exceptions (`SystemExit`, `foreground.Interrupted`) lets no second one through.
+    """
+    try:
+        do()
+    except Exception:
+        raise
+    except BaseException:
+        do()
+        raise
 
 
 def _signal(who: Tree, number: signal.Signals) -> None:

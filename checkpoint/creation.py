@@ -222,14 +222,19 @@ def _create(
         made = published(entry)
         if made is None:
             try:
-                undo(entry, tools)
+                control.to_its_end(lambda: undo(entry, tools))
             except CudaError as stuck:
                 raise CudaError(f"{failure}; {stuck.message}", mend=stuck.mend, stuck=stuck.stuck) from failure
             raise
         snapshot = made  # a signal came too late
-    journal.at("finishing")
     with phases.phase("finish"):
-        finish(entry, tools)
+        try:
+            journal.at("finishing")
+            finish(entry, tools)
+        except Exception:
+            raise
+        except BaseException:  # noqa: BLE001 - a signal came too late; it is the only one, see `control.to_its_end`
+            finish(entry, tools)
     return Created(snapshot=snapshot, pid=entry.root, seconds=phases.seconds, findings=found)
 
 

@@ -187,7 +187,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
                 if instance is not None:
                     instance.keep(inside)
             except BaseException:
-                undo(entry)
+                control.to_its_end(lambda: undo(entry))
                 raise
     return Restored(
         manifest=manifest,
