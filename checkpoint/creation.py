@@ -184,7 +184,9 @@ def _create(
         with phases.phase("criu dump"):
             stopped = replace(dumped, leave_stopped=True)
             criu.dump(tools.criu, entry.root, draft.images, stopped, options.timeout_s, work=entry.work)
-        journal.at("committing", id=draft.id)
+        # All are stopped now, with the children they have had since they were looked at.
+        stays = processes.family(entry.root) or control.with_descendants(entry.tree)
+        journal.at("committing", id=draft.id, tree=stays)
         with phases.phase("store"):
             unchanged_since(weights.identities)
             said = Manifest(
@@ -220,14 +222,19 @@ def _create(
         made = published(entry)
         if made is None:
             try:
-                undo(entry, tools)
+                control.to_its_end(lambda: undo(entry, tools))
             except CudaError as stuck:
                 raise CudaError(f"{failure}; {stuck.message}", mend=stuck.mend, stuck=stuck.stuck) from failure
             raise
         snapshot = made  # a signal came too late
-    journal.at("finishing")
     with phases.phase("finish"):
-        finish(entry, tools)
+        try:
+            journal.at("finishing")
+            finish(entry, tools)
+        except Exception:
+            raise
+        except BaseException:  # noqa: BLE001 - a signal came too late; it is the only one, see `control.to_its_end`
+            finish(entry, tools)
     return Created(snapshot=snapshot, pid=entry.root, seconds=phases.seconds, findings=found)
 
 
@@ -275,7 +282,7 @@ def finish(entry: Entry, tools: Tools) -> None:
 
 
 def _go_on(entry: Entry, tools: Tools) -> None:
-    control.resume(entry.tree)
+    control.resume(control.with_descendants(entry.tree))  # a dump stops those as well
     if tools.cuda is not None and entry.cuda:
         tools.cuda.settle({pid: State(number) for pid, number in entry.cuda.items()})
 

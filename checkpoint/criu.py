@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
-from checkpoint import runtime
+from checkpoint import control, runtime
 from checkpoint.criu_command import (
     PID_FILE,
     Command,
@@ -342,18 +342,22 @@ def _end(criu: subprocess.Popen[bytes], work: str) -> bool:
 
     Returns:
         False where it had ended by itself just now: then its status counts.
+
+    Raises:
+        CheckpointError: it does not die.
     """
     criu.send_signal(signal.SIGSTOP)
     if criu.poll() is not None:
         return False
-    begun = [*family(criu.pid)[1:], *_siblings(work)]
-    for pid, _ in begun:  # before CRIU: what it traces would run on without it
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    control.kill([*family(criu.pid)[1:], *_siblings(work)])  # before CRIU: what it traces would run on without it
     criu.kill()
-    criu.wait(_ENDING_S)
     if criu.stderr is not None:
         criu.stderr.close()
+    try:
+        criu.wait(_ENDING_S)
+    except subprocess.TimeoutExpired:
+        mend = f"see what it waits for: /proc/{criu.pid}/stack"
+        raise CheckpointError(f"CRIU (process {criu.pid}) does not die", mend=mend) from None
     return True
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -188,7 +187,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
                 if instance is not None:
                     instance.keep(inside)
             except BaseException:
-                undo(entry)
+                control.to_its_end(lambda: undo(entry))
                 raise
     return Restored(
         manifest=manifest,
@@ -292,10 +291,8 @@ def _memory_filled(
 def _kill(entry: Entry) -> None:
     """Kill what is half filled, while the page server still keeps it from reading zeros: `undo` waits for its end."""
     root = criu.restored_pid(entry.work)
-    for pid, since in processes.family(root) if root is not None else ():
-        if since >= entry.since_ticks:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    if root is not None:
+        control.kill([one for one in processes.family(root) if one[1] >= entry.since_ticks])
 
 
 def _slower(options: RestoreOptions, filled: Filled | None) -> list[str]:
