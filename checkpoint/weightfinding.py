@@ -43,7 +43,8 @@ _PLACES: Final = 4
 """So often the same bytes are tried where several places have them, such as copies of a file or tied weights."""
 _ATTEMPTS: Final = 2
 """So often an anchor may mislead within one window: bytes that are common are no anchor."""
-_SPREAD: Final = np.uint64(0x9E3779B97F4A7C15)
+_SPREADS: Final = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
+"""Two ways to find an anchor's place in a table of all (a Bloom filter): what both say is one in 70 that is none."""
 _BLOCKS: Final = (64 << 10, 256 << 10, 1 << 20)
 """How much is compared at once, more the longer a run has been."""
 
@@ -125,42 +126,24 @@ class Anchors:
 
     def __init__(self, files: Sequence[WeightFile], *, threads: int) -> None:
         self.files: Final = tuple(files)
-        step_bytes = _STEP_BYTES
-        while sum(file.nbytes for file in files) > step_bytes * _MOST_WINDOWS:
-            step_bytes *= 2
-        words, numbers, offsets = [], [], []
-        with ThreadPoolExecutor(threads) as pool:
-            for number, file in enumerate(files):
-                windows = _windows(file, step_bytes)
-                batches = [windows[at : at + _BATCH] for at in range(0, len(windows), _BATCH)]
-                read = pool.map(_read_windows, [file] * len(batches), batches)
-                for batch, content in zip(batches, read, strict=True):
-                    found = _anchors(content)
-                    rows, columns = np.nonzero(found)
-                    words.append(content[rows, columns])
-                    offsets.append(np.array(batch, dtype=np.int64)[rows] + columns * _WORD_BYTES)
-                    numbers.append(np.full(len(rows), number, dtype=np.int32))
-        self._index(_joined(words, np.uint64), _joined(numbers, np.int32), _joined(offsets, np.int64))
-
-    def _index(self, words: NDArray[np.uint64], numbers: NDArray[np.int32], offsets: NDArray[np.int64]) -> None:
+        words, numbers, offsets = _all_anchors(files, threads)
         order = np.argsort(words, kind="stable")
         words = words[order]
         kept = np.arange(len(words)) - np.searchsorted(words, words) < _PLACES
-        order = order[kept]
         self._words: Final = words[kept]
-        self._numbers: Final = numbers[order]
-        self._offsets: Final = offsets[order]
-        bits = min(26, max(16, (16 * len(order)).bit_length()))
+        self._numbers: Final = numbers[order[kept]]
+        self._offsets: Final = offsets[order[kept]]
+        bits = min(26, max(16, (16 * len(self._words)).bit_length()))
         self._shift: Final = np.uint64(64 - bits)
         self._table: Final = np.zeros(1 << bits, dtype=np.bool_)
-        self._table[self._slots(self._words)] = True
+        for spread in _SPREADS:
+            self._table[self._slots(self._words, spread)] = True
 
     def __len__(self) -> int:
         return len(self._words)
 
-    def _slots(self, words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        slots: NDArray[np.uint64] = words * _SPREAD >> self._shift
-        return slots
+    def _slots(self, words: NDArray[np.uint64], spread: np.uint64) -> NDArray[np.int64]:
+        return (words * spread >> self._shift).view(np.int64)  # NumPy would convert unsigned ones to look up
 
     def seen(self, content: Bytes) -> Iterator[tuple[int, int]]:
         """Where anchors stand, ascending: place in `content` and number of the first anchor with these bytes."""
@@ -169,9 +152,11 @@ class Anchors:
         words = content[: len(content) // _WINDOW_BYTES * _WINDOW_BYTES].view(np.uint64)[
             :: _WINDOW_BYTES // _WORD_BYTES
         ]
-        likely = np.flatnonzero(self._table[self._slots(words)])
-        numbers = np.searchsorted(self._words, words[likely])
-        same = self._words[np.minimum(numbers, len(self._words) - 1)] == words[likely]
+        likely = np.flatnonzero(self._table[self._slots(words, _SPREADS[0])])
+        likely = likely[self._table[self._slots(words[likely], _SPREADS[1])]]
+        words = words[likely]
+        numbers = np.searchsorted(self._words, words)
+        same = self._words[np.minimum(numbers, len(self._words) - 1)] == words
         yield from zip((likely[same] * _WINDOW_BYTES).tolist(), numbers[same].tolist(), strict=True)
 
     def places(self, number: int) -> list[tuple[int, int]]:
@@ -288,6 +273,29 @@ def _growing() -> Iterator[int]:
         yield _BLOCKS[-1]
 
 
+def _all_anchors(
+    files: Sequence[WeightFile], threads: int
+) -> tuple[NDArray[np.uint64], NDArray[np.int32], NDArray[np.int64]]:
+    """The bytes of each, the number of its file, and where it is there."""
+    step_bytes = _STEP_BYTES
+    while sum(file.nbytes for file in files) > step_bytes * _MOST_WINDOWS:
+        step_bytes *= 2
+    words = [np.empty(0, dtype=np.uint64)]
+    numbers = [np.empty(0, dtype=np.int32)]
+    offsets = [np.empty(0, dtype=np.int64)]
+    with ThreadPoolExecutor(threads) as pool:
+        for number, file in enumerate(files):
+            windows = _windows(file, step_bytes)
+            batches = [windows[at : at + _BATCH] for at in range(0, len(windows), _BATCH)]
+            read = pool.map(_read_windows, [file] * len(batches), batches)
+            for batch, content in zip(batches, read, strict=True):
+                rows, columns = np.nonzero(_are_anchors(content))
+                words.append(content[rows, columns])
+                numbers.append(np.full(len(rows), number, dtype=np.int32))
+                offsets.append(np.array(batch, dtype=np.int64)[rows] + columns * _WORD_BYTES)
+    return np.concatenate(words), np.concatenate(numbers), np.concatenate(offsets)
+
+
 def _windows(file: WeightFile, step_bytes: int) -> list[int]:
     """Offsets of the windows of a file. Small tensors share them."""
     found: list[int] = []
@@ -311,16 +319,12 @@ def _read_windows(file: WeightFile, offsets: Sequence[int]) -> NDArray[np.uint64
     return np.frombuffer(content, dtype=np.uint64).reshape(-1, _WINDOW_BYTES // _WORD_BYTES)
 
 
-def _anchors(windows: NDArray[np.uint64]) -> NDArray[np.bool_]:
+def _are_anchors(windows: NDArray[np.uint64]) -> NDArray[np.bool_]:
     """Which words are anchors: those that are not one number over and over, of 1, 2, 4 or 8 bytes."""
     half = np.uint64(32)
     constant = (windows == windows[:, :1]).all(axis=1)
     found: NDArray[np.bool_] = (windows != (windows << half | windows >> half)) & ~constant[:, None]
     return found
-
-
-def _joined(parts: list[NDArray[np.generic]], dtype: type[np.generic]) -> NDArray[np.generic]:
-    return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
 
 
 def _pread(path: str, fd: int, length: int, offset: int) -> bytes:
