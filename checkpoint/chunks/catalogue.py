@@ -42,7 +42,7 @@ class Catalogue:
         self.packs: list[Pack] = []
         self.faults: dict[str, CheckpointError] = {}
         self.places: dict[bytes, int] = {}
-        self._opened: dict[int, _Opened] = {}
+        self._opened: dict[int, OpenPack] = {}
         self._lock = threading.Lock()
         while not self._look_up(folder):
             pass
@@ -90,18 +90,26 @@ class Catalogue:
                 total += self._open(ordinal).prefetch(sorted(numbers))
         return total
 
-    def _open(self, ordinal: int) -> _Opened:
+    def _open(self, ordinal: int) -> OpenPack:
         opened = self._opened.get(ordinal)
         if opened is None:
             with self._lock:
                 opened = self._opened.get(ordinal)
                 if opened is None:
-                    opened = self._opened[ordinal] = _Opened(self.packs[ordinal])
+                    opened = self._opened[ordinal] = OpenPack(self.packs[ordinal])
         return opened
 
 
-class _Opened:
-    """A pack that is open for as long as somebody uses it."""
+class OpenPack:
+    """A pack that is open for as long as somebody uses it.
+
+    Args:
+        found: the pack.
+
+    Raises:
+        GoneError: it is gone.
+        CheckpointError: it can't be opened.
+    """
 
     def __init__(self, found: Pack) -> None:
         self._fd = -1
@@ -119,19 +127,28 @@ class _Opened:
         if self._fd >= 0:
             os.close(self._fd)
 
-    def get(self, number: int) -> bytes:
-        """The chunk of a record."""
+    def payload(self, number: int) -> bytes:
+        """The chunk of a record, as it is compressed.
+
+        Raises:
+            GoneError: the pack is gone.
+            CorruptError: it is damaged.
+            CheckpointError: it can't be read.
+        """
         path, head = self._pack.path, self._pack.table[number]
-        at = self._pack.table.offsets[number] + pack.HEAD_BYTES
         try:
-            sealed = os.pread(self._fd, head.sealed_nbytes, at)
+            sealed = os.pread(self._fd, head.sealed_nbytes, self._pack.table.offsets[number] + pack.HEAD_BYTES)
         except OSError as e:
             if e.errno == errno.ESTALE:  # NFS: another host removed it
                 raise GoneError from e
             raise guarded.unreadable(path, e) from e
         if len(sealed) != head.sealed_nbytes:
             raise CorruptError("ends within a chunk", path=path, mend="make the snapshot anew")
-        return pack.expand(head, pack.open_chunk(self._sealer, number, head, sealed, path), path)
+        return pack.open_chunk(self._sealer, number, head, sealed, path)
+
+    def get(self, number: int) -> bytes:
+        """The chunk of a record; errors are those of `payload`."""
+        return pack.expand(self._pack.table[number], self.payload(number), self._pack.path)
 
     def prefetch(self, numbers: list[int]) -> int:
         """Read records ahead, near ones at once."""

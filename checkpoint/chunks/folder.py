@@ -22,7 +22,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -52,13 +52,11 @@ class Pack:
         path: absolute.
         envelope: its keys.
         table: its records.
-        is_indexed: whether the index says so; else the pack was walked through.
     """
 
     path: str
     envelope: Envelope
     table: Table
-    is_indexed: bool
 
 
 class Folder:
@@ -116,7 +114,7 @@ class Folder:
         path = self.at(KEY)
         if not os.path.lexists(path):
             return None
-        content = _read(path, ENVELOPE_BYTES + 1)
+        content = read(path, ENVELOPE_BYTES + 1)
         if len(content) != ENVELOPE_BYTES:
             raise CorruptError("has another size than the key of a store", path=path, mend="weightfs snapshot recover")
         return unwrapped(content, Kind.STORE, self.master, path).digest_key
@@ -145,34 +143,38 @@ class Folder:
         """The names of indexes, in order."""
         return self._names(_INDEX_NAME)
 
-    def load(self, name: str, digest_key: bytes) -> Pack:
-        """Open a pack, by its index or else by its own heads; no chunk of it is read.
-
-        Raises:
-            FileNotFoundError: there is no such pack.
-            CorruptError: it is damaged, another pack's file, another store's, or wrapped with another key.
-            CheckpointError: it can't be read.
-        """
+    def envelope(self, name: str, digest_key: bytes) -> Envelope:
+        """The keys of a pack; errors are those of `load`."""
         path = self.at(name)
         envelope = self._envelope(path)
         if envelope.id.hex() + PACK != name:
             raise CorruptError(f"is the pack {envelope.id.hex()}", path=path, mend="make the snapshot anew")
         if not hmac.compare_digest(envelope.digest_key, digest_key):
             raise CorruptError("belongs to another store", path=path, mend="make the snapshot anew")
+        return envelope
+
+    def load(self, name: str, digest_key: bytes) -> Pack:
+        """Open a pack, by its index or else by its own heads; no chunk of it is read.
+
+        Raises:
+            CorruptError: there is none, it is damaged, another pack's or store's, or wrapped with another key.
+            CheckpointError: it can't be read.
+        """
+        path, envelope = self.at(name), self.envelope(name, digest_key)
         index = path.removesuffix(PACK) + INDEX
         try:
-            table, is_indexed = pack.decode_index(envelope, _read(index, pack.MOST_INDEX_BYTES), index), True
+            table = pack.decode_index(envelope, read(index, pack.MOST_INDEX_BYTES), index)
         except CheckpointError as e:
             _log.warning("the heads of %s are read, for its index can't be used: %s", path, e)
-            table, is_indexed = walked(path, envelope), False
+            table = walked(path, envelope)
         nbytes = _size(path)
         if nbytes != table.pack_nbytes:
             raise CorruptError(
                 f"has {nbytes} bytes, not the {table.pack_nbytes} written", path=path, mend="weightfs snapshot recover"
             )
-        return Pack(path=path, envelope=envelope, table=table, is_indexed=is_indexed)
+        return Pack(path=path, envelope=envelope, table=table)
 
-    def remove(self, names: tuple[str, ...]) -> None:
+    def remove(self, names: Sequence[str]) -> None:
         """Remove entries; with the exclusive lock.
 
         Raises:
@@ -192,7 +194,7 @@ class Folder:
         """Remove what processes that died have left; with the exclusive lock."""
         whole = {name.removesuffix(PACK) for name in self.packs()}
         left = [name for name in self._listed() if name.startswith(DRAFT)]
-        self.remove(tuple(left) + tuple(name for name in self.indexes() if name.removesuffix(INDEX) not in whole))
+        self.remove(left + [name for name in self.indexes() if name.removesuffix(INDEX) not in whole])
 
     def sync(self) -> None:
         """Wait until the names in it are on the disk."""
@@ -215,7 +217,7 @@ class Folder:
         return secrets.token_bytes(KEY_BYTES)
 
     def _envelope(self, path: str) -> Envelope:
-        return pack.decode_start(_read(path, pack.START), self.master, path)
+        return pack.decode_start(read(path, pack.START), self.master, path)
 
     def _names(self, pattern: re.Pattern[str]) -> tuple[str, ...]:
         return tuple(sorted(name for name in self._listed() if pattern.fullmatch(name)))
@@ -236,16 +238,11 @@ def walked(path: str, envelope: Envelope) -> Table:
         CorruptError: they are not those written.
         CheckpointError: it can't be read.
     """
-    rows = bytearray()
     with guarded.opened(path, guarded.FILE, path) as fd:
-        at = pack.START
-        while (head := pack.decode_head(os.pread(fd, pack.HEAD_BYTES, at), path)).method != pack.END:
-            rows += head.encoded()
-            at += pack.HEAD_BYTES + head.sealed_nbytes
+        rows, at = pack.heads(lambda at, count: os.pread(fd, count, at), path)
         end = os.pread(fd, pack.END_BYTES, at)
-    table = Table.of(bytes(rows), path)
-    pack.require_end(envelope.sealer("chunks"), table.rows, end, path)
-    return table
+    pack.require_end(envelope.sealer("chunks"), rows, end, path)
+    return Table.of(rows, path)
 
 
 def write(path: str, content: bytes) -> None:
@@ -279,11 +276,11 @@ def write_at(fd: int, parts: list[bytes], at: int) -> None:
         rest = rest[written:]
 
 
-def _read(path: str, most: int) -> bytes:
+def read(path: str, most: int) -> bytes:
     """Up to `most` bytes of a file of ours.
 
     Raises:
-        FileNotFoundError: there is none.
+        CorruptError: there is none, or others may write it.
         CheckpointError: it can't be read.
     """
     try:

@@ -23,7 +23,7 @@ import os
 import struct
 import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final
@@ -91,6 +91,10 @@ class Head:
         """Its `HEAD_BYTES`."""
         return _HEAD.pack(self.sealed_nbytes, self.nbytes, self.method, self.id)
 
+    def lost(self) -> Head:
+        """One for an index, of a record as long whose chunk is lost."""
+        return Head(self.sealed_nbytes, self.nbytes, LOST, _NO_ID)
+
 
 def decode_head(content: bytes, path: str, at: int = 0) -> Head:
     """The head at an offset.
@@ -121,18 +125,21 @@ class Table:
     Attributes:
         rows: the heads one after another, in the order of the pack, without its end.
         offsets: of each head in the pack; the last one is that of the end.
+        pack_nbytes: the size of the pack.
     """
 
     rows: bytes
     offsets: array[int]
+    pack_nbytes: int
 
     @classmethod
-    def of(cls, rows: bytes, path: str) -> Table:
+    def of(cls, rows: bytes, path: str, pack_nbytes: int | None = None) -> Table:
         """The table that follows from heads.
 
         Args:
             rows: the heads, without the end.
             path: where they were read, for errors.
+            pack_nbytes: the size of the pack; None where it is whole.
 
         Raises:
             CorruptError: they are none.
@@ -145,7 +152,11 @@ class Table:
             if head.method == END:
                 raise _corrupt("names a chunk that can't be", path)
             sizes.append(HEAD_BYTES + head.sealed_nbytes)
-        return cls(rows, array("Q", accumulate(sizes, initial=START)))
+        offsets = array("Q", accumulate(sizes, initial=START))
+        nbytes = offsets[-1] + END_BYTES if pack_nbytes is None else pack_nbytes
+        if nbytes < offsets[-1]:
+            raise _corrupt("names chunks beyond its end", path)
+        return cls(rows, offsets, nbytes)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -156,10 +167,38 @@ class Table:
     def __getitem__(self, number: int) -> Head:
         return Head(*_HEAD.unpack_from(self.rows, number * HEAD_BYTES))
 
-    @property
-    def pack_nbytes(self) -> int:
-        """The size of the pack, its end included."""
-        return self.offsets[-1] + END_BYTES
+
+def heads(read: Callable[[int, int], bytes], path: str) -> tuple[bytes, int]:
+    """The heads of a pack, one after another, and where the next one stood, be it the end or none.
+
+    They are not authentic until `require_end` or `open_chunk` says so.
+
+    Args:
+        read: gives a number of bytes at an offset of the pack, fewer where it ends.
+        path: of the pack, for errors.
+    """
+    rows, at = bytearray(), START
+    while len(rows) < MOST_CHUNKS * HEAD_BYTES:
+        try:
+            head = decode_head(read(at, HEAD_BYTES), path)
+        except CorruptError:
+            break
+        if head.method in (END, LOST):
+            break
+        rows += head.encoded()
+        at += HEAD_BYTES + head.sealed_nbytes
+    return bytes(rows), at
+
+
+def within(rows: bytes, pack_nbytes: int) -> bytes:
+    """Those heads whose records are within a pack of some size."""
+    at, count = START, 0
+    for sealed_nbytes, _, _, _ in _HEAD.iter_unpack(rows):
+        at += HEAD_BYTES + sealed_nbytes
+        if at > pack_nbytes:
+            break
+        count += 1
+    return rows[: count * HEAD_BYTES]
 
 
 def digest(digest_key: bytes, content: bytes | memoryview) -> bytes:
@@ -262,9 +301,9 @@ def decode_index(envelope: Envelope, content: bytes, path: str) -> Table:
     if magic != _INDEX_MAGIC or id_ != envelope.id:
         raise _corrupt("is not the index of its pack", path)
     nonce, sealed = content[_INDEX.size :][:NONCE_BYTES], memoryview(content)[_INDEX.size + NONCE_BYTES :]
-    table = Table.of(envelope.sealer("index").open(nonce, sealed, content[: _INDEX.size], path), path)
-    if len(table) != count or table.pack_nbytes != pack_nbytes:
-        raise _corrupt("is of another pack than it says", path)
+    table = Table.of(envelope.sealer("index").open(nonce, sealed, content[: _INDEX.size], path), path, pack_nbytes)
+    if len(table) != count:
+        raise _corrupt("names another number of chunks than it holds", path)
     return table
 
 
@@ -284,6 +323,22 @@ def decode_start(content: bytes, master: MasterKey | None, path: str) -> Envelop
     found = [slot for slot in slots if key_id_of(slot) is not None]
     fitting = [slot for slot in found if key_id_of(slot) == wanted]
     return unwrapped((fitting or found or slots)[0], Kind.PACK, master, path)
+
+
+def slot_to_fill(content: bytes, old: MasterKey, new: MasterKey) -> int | None:
+    """Where a second envelope goes in the first `START` bytes of a pack; None where there is one of the new key."""
+    ids = [key_id_of(content[at : at + ENVELOPE_BYTES]) for at in (0, SLOT_BYTES)]
+    if new.id in ids:
+        return None
+    return SLOT_BYTES if ids[0] == old.id else 0
+
+
+def slots_to_clear(content: bytes, new: MasterKey) -> list[int]:
+    """Which slots hold anything but the envelope of the new key; none where that is missing."""
+    slots = {at: content[at : at + ENVELOPE_BYTES] for at in (0, SLOT_BYTES)}
+    if new.id not in map(key_id_of, slots.values()):
+        return []
+    return [at for at, slot in slots.items() if key_id_of(slot) != new.id and any(slot)]
 
 
 def _nonce(number: int) -> bytes:

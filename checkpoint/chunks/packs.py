@@ -9,16 +9,18 @@ import contextlib
 import fcntl
 import os
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Final
 
+from checkpoint.chunks import collecting
 from checkpoint.chunks.catalogue import Catalogue, GoneError
+from checkpoint.chunks.collecting import Pruned, Rebuilt
 from checkpoint.chunks.folder import Folder
 from checkpoint.chunks.keys import MasterKey
 from checkpoint.chunks.writing import Added, PackWriter
-from checkpoint.errors import CorruptError
+from checkpoint.errors import CheckpointError, CorruptError
 
-__all__ = ["Added", "PackWriter", "Packs"]
+__all__ = ["Added", "PackWriter", "Packs", "Pruned", "Rebuilt"]
 
 _BEGIN_S: Final = 60.0
 _ANEW: Final = "make the snapshot anew"
@@ -38,6 +40,11 @@ class Packs:
         self.folder = Folder(os.path.abspath(path), master)
         self._lock = threading.Lock()
         self._catalogue: Catalogue | None = None
+
+    def close(self) -> None:
+        """Close its files, when those that read now are done. It may be used again."""
+        with self._lock:
+            self._catalogue = None
 
     @contextlib.contextmanager
     def begin(self, *, threads: int | None = None) -> Iterator[PackWriter]:
@@ -64,6 +71,20 @@ class Packs:
                 threads=(os.cpu_count() or 1) if threads is None else threads,
             ) as writer:
                 yield writer
+
+    def prune(self, live: Callable[[], Iterable[bytes]]) -> Pruned:
+        """Remove chunks that no snapshot needs; see `collecting.prune`."""
+        return collecting.prune(self.folder, live)
+
+    def rebuild(self) -> Rebuilt:
+        """Read every chunk, and make indexes anew that name those which are whole; see `collecting.rebuild`."""
+        return collecting.rebuild(self.folder)
+
+    def rotate(self, new: MasterKey) -> dict[str, CheckpointError]:
+        """Wrap every key with another master key, which is this one's from now on; see `collecting.rotate`."""
+        faults = collecting.rotate(self.folder, new)
+        self.folder = Folder(self.folder.path, new)
+        return faults
 
     @property
     def digest_key(self) -> bytes:

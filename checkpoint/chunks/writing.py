@@ -97,6 +97,10 @@ class PackWriter:
             self._put(id_, content)
         return id_
 
+    def move(self, head: Head, payload: bytes) -> None:
+        """Add a chunk of another pack as it is compressed there; see `pack.open_chunk`. Errors are those of `add`."""
+        self._append(head, payload)
+
     def commit(self) -> Added:
         """Wait until all that was added is on the disk, and give it its names.
 
