@@ -6,6 +6,7 @@
     locking         CUDA processes are unlocked
     checkpointing   their GPU memory is brought back, they are unlocked
     dumping         CRIU is ended; the tree is let go, and as above
+    ingesting       as above; chunks that were added are garbage, until a snapshot needs them
     committing      as above; the draft is removed
     committed       nothing: completed by `finishing`
     finishing       completed: the tree is ended, or let go on where that was asked for
@@ -25,9 +26,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from checkpoint import control, criu, criu_command, in_use, points, processes, stdio
+from checkpoint.chunks.keys import MasterKey
 from checkpoint.errors import CheckpointError, CudaError, RetryError, TargetError
 from checkpoint.findings import Finding
 from checkpoint.journal import Entry, Journal
+from checkpoint.keeping import Keeping, keeping_in
 from checkpoint.machine import fingerprint_here
 from checkpoint.manifest import Manifest
 from checkpoint.phases import Phases
@@ -50,6 +53,8 @@ class CreateOptions:
         point: the folder through which the process speaks with us, None where it does not.
         command: what it was started with, where that is known: a script's interpreter, or a title, is in its own
             command line.
+        plain: CRIU's images are kept as they are.
+        master: the key to encrypt with; None where nothing is encrypted.
     """
 
     leave_running: bool = False
@@ -57,6 +62,8 @@ class CreateOptions:
     timeout_s: float = 120.0
     point: str | None = None
     command: Sequence[str] = ()
+    plain: bool = False
+    master: MasterKey | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,11 +128,20 @@ def create(
         )
         store.recover()  # a signal just after `begin` leaves a draft that nobody knows of
         draft = held.enter_context(store.begin(name, replace=options.replace))
-        return _create(tree, draft, tools, options, phases, journal)
+        keeping = held.enter_context(
+            keeping_in(draft, journal.entry.work, tools.state, plain=options.plain, master=options.master)
+        )
+        return _create(tree, draft, keeping, tools, options, phases, journal)
 
 
 def _create(
-    tree: Sequence[Process], draft: Draft, tools: Tools, options: CreateOptions, phases: Phases, journal: Journal
+    tree: Sequence[Process],
+    draft: Draft,
+    keeping: Keeping,
+    tools: Tools,
+    options: CreateOptions,
+    phases: Phases,
+    journal: Journal,
 ) -> Created:
     entry = journal.entry
     gpu_bytes: dict[str, int] = {}
@@ -168,10 +184,21 @@ def _create(
             journal.at("checkpointing")
             with phases.phase("cuda checkpoint"):
                 tools.cuda.checkpoint_all(list(entry.cuda))
-        journal.at("dumping", images=draft.images)
+        journal.at("dumping", images=keeping.images)
         with phases.phase("criu dump"):
             stopped = replace(dumped, leave_stopped=True)
-            criu.dump(tools.criu, entry.root, draft.images, stopped, options.timeout_s, work=entry.work)
+            criu.dump(
+                tools.criu,
+                entry.root,
+                keeping.images,
+                stopped,
+                options.timeout_s,
+                work=entry.work,
+                inherited=keeping.inherited,
+            )
+        journal.at("ingesting")
+        with phases.phase("ingest"):
+            keeping.take_in(list(weights.identities))
         journal.at("committing", id=draft.id)
         with phases.phase("store"):
             unchanged_since(weights.identities)
@@ -201,7 +228,7 @@ def _create(
                 point=options.point,
                 criu_options=_kept(_restored_with(dumped, entry.root)),
             )
-            snapshot = draft.commit(said)
+            snapshot = keeping.commit(said)
     except BaseException as failure:
         made = published(entry)
         if made is None:

@@ -21,19 +21,22 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from checkpoint import control, criu, destination, in_use, instances, points, processes, readiness, stdio, userfaultfd
+from checkpoint.chunks.keys import MasterKey
 from checkpoint.criu_command import options_kept
 from checkpoint.cuda import Pair
 from checkpoint.digests import Identity
 from checkpoint.fingerprint import Difference, compare, require_fit
 from checkpoint.instances import Instance, Published
 from checkpoint.journal import Entry, Journal
+from checkpoint.laying import Laid
 from checkpoint.machine import fingerprint_here
 from checkpoint.manifest import Manifest
 from checkpoint.pageserver import Filled, PageServer
 from checkpoint.phases import Phases
 from checkpoint.processes import start_ticks
+from checkpoint.readable import Readable
 from checkpoint.readiness import Readiness
-from checkpoint.store import Snapshot, Store
+from checkpoint.store import Store
 from checkpoint.tools import Tools
 from checkpoint.weights import check_weights, unchanged_since
 
@@ -55,6 +58,7 @@ class RestoreOptions:
         root: where the root filesystem of its container is mounted; None where it has none of its own.
         own_namespaces: it is a second instance, see `instances`.
         ports: published from there.
+        master: the key that the snapshot is encrypted with; None where it must not be encrypted.
     """
 
     ready: Readiness | None = None
@@ -67,6 +71,7 @@ class RestoreOptions:
     root: str | None = None
     own_namespaces: bool = False
     ports: Sequence[Published] = ()
+    master: MasterKey | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +118,8 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
     with store.lock(name, shared=True):
         snapshot = store.open(name)
         manifest = snapshot.manifest
+        with phases.phase("open"):
+            readable = Readable(snapshot, tools.state, options.master)
         with phases.phase("fit"):
             found = differences(manifest, tools, options.command)
             require_fit(name, found)
@@ -123,22 +130,25 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
             found += moved
         with phases.phase("weights"):
             weights = check_weights(manifest, cache=tools.cache)
-        if options.verify:
+        if options.verify and readable.is_plain:
             with phases.phase("verify"):
                 snapshot.verify()
         entry = Entry(
             kind="restore",
             name=name,
             store=store.path,
-            images=snapshot.images,
             root=manifest.root_pid,
             own_pids=options.own_namespaces,
             since_ticks=int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")),
         )
-        with Journal(entry) as journal, _instance(options, phases) as instance:
+        with contextlib.ExitStack() as held:
+            journal = held.enter_context(Journal(entry))
+            instance = held.enter_context(_instance(options, phases))
+            with phases.phase("lay out"):
+                laid = held.enter_context(readable.laid_out(entry.work, weights))
             try:
-                journal.at("restoring")
-                inside, filled = _memory_filled(snapshot, entry, tools, options, phases, instance)
+                journal.at("restoring", images=laid.images)
+                inside, filled = _memory_filled(manifest, laid, entry, tools, options, phases, instance)
                 pid = inside
                 if instance is not None:
                     pid = instance.pids()[inside]
@@ -197,7 +207,8 @@ def _wait(ready: Readiness, options: RestoreOptions, root: tuple[int, int], inst
 
 
 def _memory_filled(
-    snapshot: Snapshot,
+    manifest: Manifest,
+    laid: Laid,
     entry: Entry,
     tools: Tools,
     options: RestoreOptions,
@@ -205,7 +216,7 @@ def _memory_filled(
     instance: Instance | None,
 ) -> tuple[int, Filled | None]:
     """Restore the tree, stopped; gives the pid of the root, in its instance, and what the page server filled in."""
-    manifest, work = snapshot.manifest, entry.work
+    work = entry.work
     replaced = [(fd, resource, path) for fd, resource, path in manifest.replaced]
     default = os.path.join(stdio.LOGS, f"{manifest.name}.log")
     with contextlib.ExitStack() as held:
@@ -222,16 +233,31 @@ def _memory_filled(
             sibling=options.attached is not None,
             enter=instance.enter if instance is not None else (),
         )
-        server = None if options.plain or userfaultfd.reason_against() else PageServer(snapshot.images, work)
+        server: PageServer | None = None
+        if not options.plain and userfaultfd.reason_against() is None:
+            server = PageServer(laid.images, work, opened=laid.opened)
         if server is None or server.parts_memory:
+            with phases.phase("lay out"):
+                laid.complete({})
             with phases.phase("criu restore"):
-                return criu.restore(tools.criu, snapshot.images, wanted, options.timeout_s, work=work), None
+                pid = criu.restore(
+                    tools.criu, laid.images, wanted, options.timeout_s, work=work, inherited=laid.inherited
+                )
+                return pid, None
+        with phases.phase("lay out"):
+            laid.complete(server.lazy)
         held.enter_context(server)
         wanted = replace(wanted, lazy_pages=True)
         try:
             with phases.phase("criu restore"):
                 pid = criu.restore(
-                    tools.criu, snapshot.images, wanted, options.timeout_s, work=work, check=server.check
+                    tools.criu,
+                    laid.images,
+                    wanted,
+                    options.timeout_s,
+                    work=work,
+                    check=server.check,
+                    inherited=laid.inherited,
                 )
             with phases.phase("memory"):
                 return pid, server.finish(options.timeout_s)

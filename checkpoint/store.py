@@ -1,9 +1,11 @@
 """Where snapshots lie: a folder each, written under a temporary name, and renamed when it is complete and on the disk.
 
     STORE/                      0700
+        .chunks/                see `checkpoint.contents`
         NAME/                   0700; it has this name only when all of it is on the disk
             manifest.json       0600
-            images/             0700; what CRIU wrote, flat
+            images/             0700; what CRIU wrote, flat: of a plain one
+            recipes             0600; of every other: what these files are made of
         .draft.NAME.RANDOM/     being written, or left over by a process that died
         .removed.NAME.RANDOM/   removed or replaced; whoever finds it removes the rest
 
@@ -25,14 +27,18 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from checkpoint import guarded, manifest
+from checkpoint.chunks.keys import MasterKey
 from checkpoint.drafts import Draft
 from checkpoint.errors import CheckpointError, MisfitError, RetryError, SnapshotNameError
 from checkpoint.locking import flock, leads_to
 from checkpoint.snapshots import IMAGES, Snapshot, examined
 from weightfs import linux
+
+if TYPE_CHECKING:
+    from checkpoint.chunks.packs import Pruned
 
 __all__ = ["DEFAULT", "Draft", "Listed", "Snapshot", "Store"]
 
@@ -132,12 +138,39 @@ class Store:
         guarded.require_path_ours(self.path)
         return examined(name, folder)
 
-    def verify(self, name: str) -> Snapshot:
-        """A snapshot whose every byte is what was written; errors are those of `open` and `Snapshot.verify`."""
+    def verify(self, name: str, master: MasterKey | None = None) -> Snapshot:
+        """A snapshot whose every byte is what was written; errors are those of `open`, and of reading all of it.
+
+        Args:
+            name: of the snapshot.
+            master: the key it is encrypted with; None where it must not be encrypted.
+        """
+        from checkpoint import contents  # libraries that those who only look at names do not need
+
         with self.lock(name, shared=True):
             snapshot = self.open(name)
-            snapshot.verify()
+            if snapshot.manifest.content == "plain":
+                contents.require_not_encrypted(snapshot, master)
+                snapshot.verify()
+            else:
+                contents.Vault(self.path, master).verify(snapshot)
             return snapshot
+
+    def collect(self, master: MasterKey | None) -> Pruned:
+        """Remove chunks that no snapshot needs.
+
+        Args:
+            master: the key they are encrypted with; None for those that are not.
+
+        Raises:
+            RetryError: a snapshot is being made.
+            CorruptError: the recipes of one can't be read, so that what it needs is not known.
+            CheckpointError: chunks can't be read or written. No chunk that is needed went.
+        """
+        from checkpoint import contents
+
+        vault = contents.Vault(self.path, master)
+        return vault.packs.prune(contents.live_chunks(vault, self._usable))
 
     def list(self) -> tuple[Listed, ...]:
         """All snapshots by name; one that can't be used comes with the reason. A store that is not there is empty.
@@ -280,6 +313,14 @@ class Store:
                 # No lock is held: half of one snapshot and half of another would seem damaged.
                 if before == _state(self._at(name)):
                     return Listed(name=name, snapshot=None, fault=e)
+
+    def _usable(self) -> Iterator[Snapshot]:
+        """All snapshots; the first that can't be used is an error."""
+        for one in self.list():
+            if one.fault is not None:
+                raise one.fault
+            if one.snapshot is not None:
+                yield one.snapshot
 
     def _names(self) -> tuple[str, ...]:
         try:

@@ -42,10 +42,10 @@ if os.path.exists(os.environ["HELD"]):
     from checkpoint.filling import Buffer
     from checkpoint.errors import CorruptError
     read = Buffer.read
-    def cut(self, fd, offset, nbytes, path):
+    def cut(self, pages, offset, nbytes):
         if nbytes > 1 << 19:
-            os.truncate(path, 1 << 19)
-        read(self, fd, offset, nbytes, path)
+            os.truncate(pages.path, 1 << 19)
+        read(self, pages, offset, nbytes)
     Buffer.read = cut
 """
 
@@ -104,13 +104,16 @@ def test_plain(it: Commands, hasher: tuple[Target, str]) -> None:
     assert one.ask() == before
 
 
-def test_an_image_is_damaged_meanwhile(tmp_path: Path, it: Commands, hasher: tuple[Target, str]) -> None:
-    one, _ = hasher
-    (tmp_path / "sitecustomize.py").write_text(CUTS)
-    (tmp_path / "held").touch()
-    error = it.refused("restore", "warm", code=4)
-    assert error["path"].endswith(".img")
-    wait_until(lambda: is_gone(one.pid), "nothing half filled is left")
+def test_an_image_is_damaged_meanwhile(tmp_path: Path, it: Commands) -> None:
+    with target(HASHES, tmp_path) as one:
+        one.said()
+        it.told("create", "warm", "--plain", "--pid", str(one.pid))
+        one.process.wait(10)
+        (tmp_path / "sitecustomize.py").write_text(CUTS)
+        (tmp_path / "held").touch()
+        error = it.refused("restore", "warm", code=4)
+        assert error["path"].endswith(".img")
+        wait_until(lambda: is_gone(one.pid), "nothing half filled is left")
 
 
 def test_the_command_is_killed_meanwhile(tmp_path: Path, it: Commands, hasher: tuple[Target, str]) -> None:

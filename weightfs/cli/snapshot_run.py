@@ -20,7 +20,7 @@ from weightfs.cli.snapshotting import (
     ReadyTimeout,
     ReadyUrl,
     Timeout,
-    require_key_choice,
+    master_key,
     tools,
 )
 from weightfs.errors import UsageError
@@ -48,7 +48,7 @@ def run(
     Example: weightfs snapshot run llama --no-encrypt --create --ready-url http://127.0.0.1:8000/health -- llama-server
     """
     with reporting(as_json=False):
-        require_key_choice(key_file or key_env or key_command, no_encrypt=no_encrypt)
+        master = master_key(key_file, key_env, key_command, no_encrypt=no_encrypt)
         command = list(context.args)
         if not command:
             raise UsageError("name the command (-- COMMAND...)")
@@ -67,6 +67,7 @@ def run(
             replace=replace,
             strict=strict,
             verify=not no_verify,
+            master=master,
         )
         around = running.Surroundings(
             store=lambda: Store(store), tools=tools, say=_say, ready=lambda: systemd.notify("READY=1")

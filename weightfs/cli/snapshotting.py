@@ -23,6 +23,7 @@ from weightfs.cli.snapshot_store import DEFAULT_STORE, StoreFolder
 from weightfs.errors import UnfitError, UsageError
 
 if TYPE_CHECKING:
+    from checkpoint.chunks.keys import MasterKey
     from checkpoint.creation import Created
     from checkpoint.errors import MisfitError
     from checkpoint.instances import Published
@@ -57,7 +58,7 @@ def create(
     ready_timeout: ReadyTimeout = 600.0,
     leave_running: Annotated[bool, typer.Option("--leave-running", help="It goes on afterwards.")] = False,
     replace: Annotated[bool, typer.Option("--replace", help="A snapshot of that name makes way.")] = False,
-    plain: Annotated[bool, typer.Option("--plain", help="CRIU's images as they are; so far always.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Keep CRIU's images as they are, large and open.")] = False,
     log: Log = None,
     timeout: Timeout = 120.0,
     store: StoreFolder = DEFAULT_STORE,
@@ -71,9 +72,10 @@ def create(
 
     Example: weightfs snapshot create llama --no-encrypt --ready-url http://127.0.0.1:8000/health -- llama-server -m M
     """
-    del plain
     with reporting(as_json=as_json), undone_by_signals():
-        require_key_choice(key_file or key_env or key_command, no_encrypt=no_encrypt)
+        if plain and not no_encrypt:
+            raise UsageError("plain images are not encrypted: --plain goes with --no-encrypt")
+        master = master_key(key_file, key_env, key_command, no_encrypt=no_encrypt)
         command = list(context.args)
         if (pid is None) == (not command):
             raise UsageError("name either a process (--pid) or a command (-- COMMAND...)")
@@ -81,7 +83,9 @@ def create(
         from checkpoint.store import Store
 
         opened = Store(store)
-        options = creation.CreateOptions(leave_running=leave_running, replace=replace, timeout_s=timeout)
+        options = creation.CreateOptions(
+            leave_running=leave_running, replace=replace, timeout_s=timeout, plain=plain, master=master
+        )
         ready = readiness.Readiness(url=ready_url, file=ready_file)
         with tools() as found:
             if pid is None:
@@ -119,7 +123,7 @@ def restore(
     Example: weightfs snapshot restore llama --no-encrypt --wait-url http://127.0.0.1:8000/health
     """
     with reporting(as_json=as_json), differences_shown(), undone_by_signals():
-        require_key_choice(key_file or key_env or key_command, no_encrypt=no_encrypt)
+        master = master_key(key_file, key_env, key_command, no_encrypt=no_encrypt)
         from checkpoint import restoration
         from checkpoint.readiness import Readiness
         from checkpoint.store import Store
@@ -135,6 +139,7 @@ def restore(
             root=root,
             own_namespaces=new_pidns,
             ports=[parse_published(one) for one in publish or ()],
+            master=master,
         )
         with tools() as found:
             back = restoration.restore(name, Store(store), found, options)
@@ -218,19 +223,29 @@ def _show_differences(error: MisfitError) -> None:
         )
 
 
-def require_key_choice(key: str | None, *, no_encrypt: bool) -> None:
-    """Scripts say from the start whether a snapshot is encrypted.
+def master_key(
+    key_file: str | None, key_env: str | None, key_command: str | None, *, no_encrypt: bool
+) -> MasterKey | None:
+    """The key that one of the options names; None where nothing is encrypted.
 
     Raises:
-        UsageError: they say nothing, or both.
-        UnfitError: it is to be encrypted, which this version can't.
+        UsageError: not exactly one of them is given: scripts say from the start whether a snapshot is encrypted.
+        MasterKeyError: there is no key where it says.
     """
-    if key and no_encrypt:
+    given = [one for one in (key_file, key_env, key_command) if one is not None]
+    if given and no_encrypt:
         raise UsageError("a key and --no-encrypt contradict each other")
-    if key:
-        raise UnfitError("this version can't encrypt snapshots yet", mend="use --no-encrypt, on a disk that encrypts")
-    if not no_encrypt:
+    if len(given) > 1:
+        raise UsageError("name one key: --key-file, --key-env or --key-command")
+    if not given and not no_encrypt:
         raise UsageError("say whether the snapshot is encrypted: --key-file, --key-env, --key-command or --no-encrypt")
+    if no_encrypt:
+        return None
+    from checkpoint.chunks import keys
+
+    if key_file is not None:
+        return keys.from_file(key_file)
+    return keys.from_environment(key_env) if key_env is not None else keys.from_command(key_command or "")
 
 
 def parse_published(text: str) -> Published:
