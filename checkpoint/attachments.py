@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from checkpoint.errors import CheckpointError
+from checkpoint.manifest import Outside
 from checkpoint.processes import Descriptor, Process
-from checkpoint.sockets import Socket
+from checkpoint.sockets import Socket, sockets_of
 
 Kind = Literal["file", "pipe", "tty", "socket"]
 
@@ -133,6 +134,20 @@ def _attachment(process: Process, one: Descriptor, sockets: Mapping[int, Socket]
     )
 
 
+def outside(processes: Sequence[Process]) -> list[Outside]:
+    """What a manifest keeps for `stand_ins`: all that is needed and is no stdio, which a restore is given anew.
+
+    Args:
+        processes: the whole tree.
+    """
+    running = [one for one in processes if not one.has_ended]
+    return [
+        Outside(resource=one.resource, kind=one.kind, path=one.path, can_read=one.can_read, can_write=one.can_write)
+        for one in attachments_of(running, sockets_of(running))
+        if one.needed and not one.is_stdio
+    ]
+
+
 def is_unseen(process: Process, one: Descriptor) -> bool:
     """Whether a file lies on a mount that is not in the process's mount namespace, or not any more."""
     if one.kind in ("pipe", "socket", "anon", "memfd") or not process.mounts or not one.mount_id:
@@ -141,11 +156,11 @@ def is_unseen(process: Process, one: Descriptor) -> bool:
 
 
 @contextlib.contextmanager
-def stand_ins(attachments: Iterable[Attachment]) -> Iterator[tuple[tuple[int, str], ...]]:
+def stand_ins(attachments: Iterable[Attachment | Outside]) -> Iterator[tuple[tuple[int, str], ...]]:
     """Descriptors for what a restore needs and nobody has anything better for: what it was connected to has gone away.
 
     A pipe that was read from ends, one that was written to swallows; a Unix connection is closed at the other end; a
-    file is opened anew by its name. A terminal gets none.
+    file is opened anew by its name. A terminal gets none: preflight refuses one.
 
     Args:
         attachments: those that need one and have none yet.
@@ -173,7 +188,7 @@ def _closed_connection() -> int:
     return ours.detach()
 
 
-def _nothing(one: Attachment) -> int:
+def _nothing(one: Attachment | Outside) -> int:
     flags = os.O_RDWR if one.can_read and one.can_write else os.O_WRONLY if one.can_write else os.O_RDONLY
     if one.kind == "pipe":
         return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -181,5 +196,7 @@ def _nothing(one: Attachment) -> int:
         return os.open(one.path, flags | os.O_CLOEXEC)
     except OSError as e:
         raise CheckpointError(
-            f"the process had it open, and it can't be opened now: {os.strerror(e.errno or 0)}", path=one.path
+            f"the process had it open, and it can't be opened now: {os.strerror(e.errno or 0)}",
+            path=one.path,
+            mend="put it back, or make a snapshot of a process that has closed it",
         ) from e

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from checkpoint.errors import CheckpointError, TargetError
-from checkpoint.processes import Process, process, start_ticks, tree_of
+from checkpoint.errors import CheckpointError
+from checkpoint.processes import Process, family, is_there, start_ticks
 
 _LOOK_S: Final = 0.005
 _END_S: Final = 30.0
@@ -53,19 +52,8 @@ def end_all(who: Tree) -> None:
     found = dict(who)
     for pid, since in who:
         if is_there(pid, since):
-            with contextlib.suppress(TargetError):
-                found |= dict(tree(tree_of(pid)))
+            found |= dict(family(pid))
     end(list(found.items()))
-
-
-def is_there(pid: int, since: int) -> bool:
-    """Whether a process is still there, and has not ended."""
-    if start_ticks(pid) != since:
-        return False
-    try:
-        return not process(pid).has_ended
-    except OSError:
-        return False
 
 
 def _signal(who: Tree, number: signal.Signals) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from checkpoint import control, criu, criu_command, in_use, points, processes, stdio
+from checkpoint import attachments, control, criu, criu_command, in_use, points, processes, stdio
 from checkpoint.chunks.keys import MasterKey
 from checkpoint.errors import CheckpointError, CudaError, RetryError, TargetError
 from checkpoint.findings import Finding
@@ -84,7 +84,13 @@ class Created:
 
 
 def create(
-    name: str, pid: int, store: Store, tools: Tools, options: CreateOptions, journal: Journal | None = None
+    name: str,
+    pid: int,
+    store: Store,
+    tools: Tools,
+    options: CreateOptions,
+    journal: Journal | None = None,
+    phases: Phases | None = None,
 ) -> Created:
     """Snapshot a process and its descendants.
 
@@ -95,13 +101,14 @@ def create(
         tools: see there.
         options: see there.
         journal: of a command that has begun already, with the start of the process.
+        phases: of the whole command, which those of the snapshot are added to.
 
     Raises:
         TargetError: it can't be, as it is.
         CheckpointError: see `checkpoint.errors`; whatever is raised, the tree is as it was, or the error says which
             process is not.
     """
-    phases = Phases()
+    phases = phases or Phases()
     with phases.phase("look"):
         tree = processes.tree_of(pid)
         if tree[0].has_ended:
@@ -126,11 +133,12 @@ def create(
             leave_running=options.leave_running,
             point=options.point or journal.entry.point,
         )
-        store.recover()  # a signal just after `begin` leaves a draft that nobody knows of
-        draft = held.enter_context(store.begin(name, replace=options.replace))
-        keeping = held.enter_context(
-            keeping_in(draft, journal.entry.work, tools.state, plain=options.plain, master=options.master)
-        )
+        with phases.phase("store"):
+            store.recover()  # a signal just after `begin` leaves a draft that nobody knows of
+            draft = held.enter_context(store.begin(name, replace=options.replace))
+            keeping = held.enter_context(
+                keeping_in(draft, journal.entry.work, tools.state, plain=options.plain, master=options.master)
+            )
         return _create(tree, draft, keeping, tools, options, phases, journal)
 
 
@@ -147,8 +155,9 @@ def _create(
     gpu_bytes: dict[str, int] = {}
     gpu_models: dict[str, str] = {}
     if tools.cuda is not None and entry.cuda:
-        gpu_bytes = tools.cuda.used_bytes(list(entry.cuda))
-        gpu_models = {one.uuid: one.name for one in tools.cuda.devices()}
+        with phases.phase("look"):
+            gpu_bytes = tools.cuda.used_bytes(list(entry.cuda))
+            gpu_models = {one.uuid: one.name for one in tools.cuda.devices()}
     with phases.phase("weights"):
         seen = in_use.mounts_seen(entry.root)
         paths = in_use.weight_files(tree, (one.mountpoint for one in seen))
@@ -166,6 +175,8 @@ def _create(
             store=os.path.dirname(draft.folder),
             gpu_bytes=sum(gpu_bytes.values()),
         )
+        dumped = criu_command.options_for(tree)
+        replaced, outside = stdio.resources(tree), attachments.outside(tree)
     if fatal := [one for one in found if one.fatal]:
         more = f" (and {len(fatal) - 1} more)" if len(fatal) > 1 else ""
         raise TargetError(
@@ -174,8 +185,6 @@ def _create(
             findings=[one.document() for one in found],
         )
     mount = next((one for one in seen if any(each.mountpoint == one.mountpoint for each in weights.weights)), None)
-    dumped = criu_command.options_for(tree)
-    replaced = stdio.resources(tree)
     try:
         if tools.cuda is not None and entry.cuda:
             journal.at("locking")
@@ -214,6 +223,7 @@ def _create(
                 gpu_models=gpu_models,
                 stdio=[_leads_to(tree[0], fd) for fd in (0, 1, 2)],
                 replaced=replaced,
+                outside=outside,
                 cwd=tree[0].cwd,
                 mount=mount,
                 fingerprint=fingerprint_here(

@@ -40,7 +40,8 @@ class Deadlines:
     Attributes:
         open_s: to initialise: tens of seconds on hosts with many GPUs and no persistence mode.
         ask_s: to answer what takes it milliseconds.
-        move_s: to bring one process's GPU memory to the host or back.
+        move_s: to bring one process's GPU memory to the host or back: 80 GB take 60 s (H100, driver 580). Also to
+            answer about a process that may still be amid that, since the driver has every question wait.
         lock_s: to stop a process's calls on the way of an undo.
         margin_s: beyond a lock's own timeout, which the driver keeps.
     """
@@ -178,15 +179,20 @@ class Cuda:
             CudaError: one was not locked, and nothing was done; or some are stuck, which it names.
         """
         self._require(Step.UNLOCK, pids)
-        self.settle(dict.fromkeys(pids, State.RUNNING))
+        self._settle(dict.fromkeys(pids, State.RUNNING), self._deadlines.ask_s)
 
     def settle(self, wanted: Mapping[int, State]) -> None:
         """Bring each process into the state wanted, by whatever way leads there: what a journal or an undo asks for.
 
+        A call that another helper, killed since, has begun is waited for.
+
         Raises:
             CudaError: some could not be; they are its `stuck`. The others are.
         """
-        stuck = {pid: word for pid, state in wanted.items() if (word := self._brought(pid, state)) is not None}
+        self._settle(wanted, self._deadlines.move_s)
+
+    def _settle(self, wanted: Mapping[int, State], ask_s: float) -> None:
+        stuck = {pid: word for pid, state in wanted.items() if (word := self._brought(pid, state, ask_s)) is not None}
         if stuck:
             raise CudaError(_listed(stuck), mend=_mend(stuck), stuck=stuck)
 
@@ -254,7 +260,10 @@ class Cuda:
         """Bring everything back to where it was, and say how that went."""
         # The one that failed last: a call about it may hang until those it shares GPU memory with are unlocked.
         order = [*reversed(touched), failed]
-        stuck = {pid: word for pid in order if (word := self._brought(pid, step.before)) is not None}
+        # The driver goes on with what a helper that is gone has asked for, and has every question wait for that.
+        last_s = self._deadlines.move_s if isinstance(error, HelperLostError) else self._deadlines.ask_s
+        within = dict.fromkeys(order, self._deadlines.ask_s) | {failed: last_s}
+        stuck = {pid: word for pid, ask_s in within.items() if (word := self._brought(pid, step.before, ask_s))}
         if step is Step.RESTORE and error.result == OUT_OF_MEMORY:
             stuck[failed] = State.CHECKPOINTED.word  # where it was found, but no way leads on from there any more
         if stuck:
@@ -264,13 +273,16 @@ class Cuda:
         mend = _MEND_KINDS if step is Step.CHECKPOINT and error.result == NOT_SUPPORTED else error.mend
         return CudaError(error.message, mend=mend, result=error.result)
 
-    def _brought(self, pid: int, wanted: State) -> str | None:
-        """None once a process is in a state or gone; else the word for where it stays."""
+    def _brought(self, pid: int, wanted: State, ask_s: float) -> str | None:
+        """None once a process is in a state or gone; else the word for where it stays.
+
+        `ask_s`: how long its state may take, each of the `_TRIES`.
+        """
         now: State | None = None
         failure = None
         for _ in range(_TRIES):
             try:
-                now = self._state(pid)
+                now = self._state(pid, ask_s)
                 steps = way(now, wanted)
                 if steps is None:
                     return now.word
@@ -287,8 +299,8 @@ class Cuda:
         _log.warning("process %d can't be brought to %s: %s", pid, wanted.word, failure)
         return now.word if now is not None else "unknown"
 
-    def _state(self, pid: int) -> State:
-        return State(self._ask(Request(call="state", pid=pid), self._deadlines.ask_s).number)
+    def _state(self, pid: int, ask_s: float | None = None) -> State:
+        return State(self._ask(Request(call="state", pid=pid), ask_s or self._deadlines.ask_s).number)
 
     def _ask(self, request: Request, timeout_s: float) -> Answer:
         # One that ended while nothing was asked of it has left nothing half done.

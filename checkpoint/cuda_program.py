@@ -10,7 +10,9 @@ call into the driver that is under way then is finished first, since nobody coul
 
 from __future__ import annotations
 
+import atexit
 import importlib
+import os
 import signal
 import socket
 import sys
@@ -114,13 +116,19 @@ def serve(channel: socket.socket, module: str) -> None:
 
 
 def main() -> None:
-    """Run it. The client may be gone at any time: that is the usual end, not a fault."""
+    """Run it. The client may be gone at any time: that is the usual end, not a fault.
+
+    What the driver would do at a process's end is left to the kernel: its client waits for that end.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[1])) as channel:
         try:
             serve(channel, sys.argv[2])
         except (BrokenPipeError, ConnectionResetError):
-            return
+            pass
+    atexit._run_exitfuncs()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from checkpoint import control
 from checkpoint.criu_command import ROOT_TO_BE_NAMED, options_kept
 from checkpoint.cuda import Pair
 from checkpoint.cuda_helper import Cuda
@@ -15,7 +14,7 @@ from checkpoint.fingerprint import Difference, require_fit
 from checkpoint.manifest import Manifest
 from checkpoint.nvml import Device
 from checkpoint.placement import Left, place
-from checkpoint.processes import start_ticks
+from checkpoint.processes import is_there, start_ticks
 
 _WAITED_FOR_S: Final = 10.0
 """Init, or whoever started it, may be slow to wait for a process that was dumped."""
@@ -67,7 +66,7 @@ def require_free(manifest: Manifest) -> None:
     until = time.monotonic() + _WAITED_FOR_S
     for pid in manifest.pids:
         while (since := start_ticks(pid)) is not None:
-            if control.is_there(pid, since):
+            if is_there(pid, since):
                 raise RetryError(
                     f"pid {pid}, which a process of the snapshot has, is taken",
                     mend="end that process, or restore into a pid namespace of its own (--new-pidns)",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -71,17 +72,20 @@ class Digested:
     started_ns: int
 
 
-def digest_file(path: str, *, dir_fd: int | None = None, follow: bool = True) -> Digested:
+def digest_file(
+    path: str, *, dir_fd: int | None = None, follow: bool = True, stopping: threading.Event | None = None
+) -> Digested:
     """BLAKE3 of a file's bytes.
 
     Args:
         path: of a regular file.
         dir_fd: the folder that a relative path is below.
         follow: whether `path` may be a symlink.
+        stopping: when it is set, reading ends.
 
     Raises:
         CheckpointError: it can't be read.
-        RetryError: it changed meanwhile.
+        RetryError: it changed meanwhile, or was not read to its end.
     """
     try:
         # Without O_NONBLOCK a FIFO would be waited for.
@@ -95,7 +99,7 @@ def digest_file(path: str, *, dir_fd: int | None = None, follow: bool = True) ->
         if not stat.S_ISREG(found.st_mode):
             raise CheckpointError("is no regular file", path=path)
         before = Identity.of(found)
-        digest, nbytes = _digest(fd, before.nbytes)
+        digest, nbytes = _digest(fd, before.nbytes, stopping or threading.Event())
         after = Identity.of(os.fstat(fd))
     except OSError as e:
         raise _unreadable(path, e) from e
@@ -106,7 +110,13 @@ def digest_file(path: str, *, dir_fd: int | None = None, follow: bool = True) ->
     return Digested(blake3=digest, identity=after, started_ns=started_ns)
 
 
-def digest_files(paths: Iterable[str], *, dir_fd: int | None = None, follow: bool = True) -> dict[str, Digested]:
+def digest_files(
+    paths: Iterable[str],
+    *,
+    dir_fd: int | None = None,
+    follow: bool = True,
+    stopping: threading.Event | None = None,
+) -> dict[str, Digested]:
     """BLAKE3 of many files; see `digest_file`. A large one takes all processors, of small ones several go at a time."""
     large: list[str] = []
     small: list[str] = []
@@ -116,9 +126,11 @@ def digest_files(paths: Iterable[str], *, dir_fd: int | None = None, follow: boo
         except OSError as e:
             raise _unreadable(path, e) from e
         (large if nbytes >= _LARGE_BYTES else small).append(path)
-    found = {path: digest_file(path, dir_fd=dir_fd, follow=follow) for path in large}
+    found = {path: digest_file(path, dir_fd=dir_fd, follow=follow, stopping=stopping) for path in large}
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        running = {path: pool.submit(digest_file, path, dir_fd=dir_fd, follow=follow) for path in small}
+        running = {
+            path: pool.submit(digest_file, path, dir_fd=dir_fd, follow=follow, stopping=stopping) for path in small
+        }
         return found | {path: future.result() for path, future in running.items()}
 
 
@@ -141,20 +153,20 @@ def _sync(path: str) -> None:
         os.close(fd)
 
 
-def _digest(fd: int, nbytes: int) -> tuple[str, int]:
-    """The digest of the first `nbytes`, and how many of them could be read."""
+def _digest(fd: int, nbytes: int, stopping: threading.Event) -> tuple[str, int]:
+    """The digest of the first `nbytes`, and how many of them were read."""
     if nbytes >= _LARGE_BYTES:
-        return _digest_ahead(fd, nbytes)
+        return _digest_ahead(fd, nbytes, stopping)
     hasher = blake3.blake3(max_threads=1 if nbytes < _SERIAL_BYTES else blake3.blake3.AUTO)
     buffer = memoryview(bytearray(min(_PIECE_BYTES, nbytes)))
     total = 0
-    while count := _fill(fd, buffer[: nbytes - total], total):
+    while not stopping.is_set() and (count := _fill(fd, buffer[: nbytes - total], total)):
         hasher.update(buffer[:count])
         total += count
     return hasher.hexdigest(), total
 
 
-def _digest_ahead(fd: int, nbytes: int) -> tuple[str, int]:
+def _digest_ahead(fd: int, nbytes: int, stopping: threading.Event) -> tuple[str, int]:
     """The same; while a piece is hashed, the next one is read."""
     hasher = blake3.blake3(max_threads=blake3.blake3.AUTO)
     buffers = [memoryview(bytearray(_LARGE_PIECE_BYTES)) for _ in range(2)]
@@ -170,6 +182,8 @@ def _digest_ahead(fd: int, nbytes: int) -> tuple[str, int]:
         coming = read(0)
         for at in range(0, nbytes, _LARGE_PIECE_BYTES):
             count = sum(part.result() for part in coming)
+            if stopping.is_set():
+                break
             coming = read(at + _LARGE_PIECE_BYTES)
             hasher.update(buffers[at // _LARGE_PIECE_BYTES % 2][:count])
             total += count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -33,7 +34,13 @@ class Draft:
     """
 
     def __init__(
-        self, name: str, folder: str, lock_fd: int, publish: Callable[[], Snapshot], sweep: Callable[[], None]
+        self,
+        name: str,
+        folder: str,
+        lock_fd: int,
+        publish: Callable[[], Snapshot],
+        sweep: Callable[[], None],
+        held: contextlib.ExitStack,
     ) -> None:
         self.name = name
         self.folder = folder
@@ -41,6 +48,7 @@ class Draft:
         self._lock_fd = lock_fd
         self._publish = publish
         self._sweep = sweep
+        self._held = held
 
     def __enter__(self) -> Self:
         return self
@@ -62,7 +70,7 @@ class Draft:
 
         Raises:
             SnapshotNameError: there is one of that name already, which is not to be replaced.
-            RetryError: the one to be replaced is in use.
+            RetryError: there is one of that name since the draft began, and it is in use.
             CheckpointError: it can't be written, or CRIU left something that is no plain file.
 
         Whatever is raised, nothing has changed under the name, and the draft is still there to `abandon`.
@@ -114,6 +122,7 @@ class Draft:
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
+            self._held.close()
 
 
 def _write(path: str, content: bytes) -> None:

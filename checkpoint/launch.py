@@ -11,6 +11,7 @@ from checkpoint import points, readiness, stdio
 from checkpoint.creation import Created, CreateOptions, create, published, undo
 from checkpoint.errors import CheckpointError
 from checkpoint.journal import Entry, Journal
+from checkpoint.phases import Phases
 from checkpoint.processes import start_ticks
 from checkpoint.readiness import Readiness
 from checkpoint.store import Store
@@ -27,6 +28,7 @@ def create_of_command(
     ready_timeout_s: float,
     *,
     log: str | None = None,
+    phases: Phases | None = None,
 ) -> Created:
     """Start a command, wait until it is ready, and snapshot it; it ends when that fails.
 
@@ -36,24 +38,27 @@ def create_of_command(
         ready: how it shows that it is ready, besides its own `snapshot_point`.
         ready_timeout_s: for that.
         log: takes what it writes; None for one named after the snapshot.
+        phases: of the whole command, which those of the snapshot are added to.
 
     Raises:
         SnapshotNameError: there is one of that name.
         CheckpointError: it can't be started, or ends too early; and what `creation.create` raises.
         RetryError: it was not ready in time.
     """
+    phases = phases or Phases()
     store.require_new(name, replace=options.replace)
     point = points.make()
     entry = Entry(kind="create", step="starting", name=name, store=store.path, started=True, point=point)
     child: subprocess.Popen[bytes] | None = None
     with Journal(entry) as journal, stdio.log(log or os.path.join(stdio.LOGS, f"{name}.log")) as output:
         try:
-            child = start(command, output, point)
-            journal.at("starting", root=child.pid, tree=[(child.pid, start_ticks(child.pid) or 0)])
-            readiness.wait(replace(ready, point=point), ready_timeout_s, lambda: child.poll() is None)
+            with phases.phase("warm up"):
+                child = start(command, output, point)
+                journal.at("starting", root=child.pid, tree=[(child.pid, start_ticks(child.pid) or 0)])
+                readiness.wait(replace(ready, point=point), ready_timeout_s, lambda: child.poll() is None)
             reached = points.reached(point) is not None
             wanted = replace(options, point=point if reached else None, command=command)
-            return create(name, child.pid, store, tools, wanted, journal)
+            return create(name, child.pid, store, tools, wanted, journal, phases)
         except BaseException:
             if published(entry) is None:
                 undo(entry, tools)

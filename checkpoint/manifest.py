@@ -84,6 +84,23 @@ class ImageFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     blake3: Digest | None = None
 
 
+class Outside(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Something outside of the tree that a process had open, beside its stdio, and that a restore is given anew.
+
+    Attributes:
+        resource: CRIU's name of it.
+        kind: what may stand for it, see `attachments.Attachment`.
+        path: what it was; of a file, where it is opened anew.
+        can_read, can_write: how it was opened.
+    """
+
+    resource: str
+    kind: Literal["file", "pipe", "tty", "socket"]
+    path: str
+    can_read: bool
+    can_write: bool
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All that is known of a snapshot.
 
@@ -101,6 +118,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         gpu_models: the model of every GPU of the machine, by its UUID; empty where none was used, and before version 2.
         stdio: what descriptors 0, 1 and 2 of the root led to.
         replaced: what of that is given anew at a restore: descriptor, CRIU's name for it, path of a log file or empty.
+        outside: what else it had open outside of the tree, for which a restore gives something that has come to an end;
+            empty before version 2.
         listeners: the TCP sockets that listened, as `ADDRESS:PORT`.
         cwd: the root's working folder.
         mount: where the weights come from, None where they lie on no weightfs mount.
@@ -130,6 +149,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     gpu_models: dict[str, str] = {}
     stdio: list[str] = []
     replaced: list[tuple[int, str, str]] = []
+    outside: list[Outside] = []
     listeners: list[str] = []
     cwd: str
     mount: Mount | None = None

@@ -8,6 +8,7 @@ whatever is not as CRIU writes it is a CorruptError.
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ _COMMON: Final = 0x54564319
 _PSTREE: Final = 0x50273030
 _MM: Final = 0x57492820
 _PAGEMAP: Final = 0x56084025
+_OWN: Final = re.compile(r"pagemap-\d+\.img", re.ASCII)
 _IN_PARENT: Final = 1
 _LAZY: Final = 2
 _PRESENT: Final = 4
@@ -81,6 +83,20 @@ def memory_of(images: str) -> list[Memory]:
     return found
 
 
+def private_pages(images: str) -> set[str]:
+    """Names of the images that hold processes' own memory, which a page server may read instead of CRIU.
+
+    Raises:
+        CorruptError: an image is not as CRIU writes it.
+    """
+    found = set()
+    for name in os.listdir(images):
+        if _OWN.fullmatch(name):
+            path = os.path.join(images, name)
+            found.add(_pages_name(next(_messages(path, _PAGEMAP), {}), path))
+    return found
+
+
 def shared_bytes(memories: Sequence[Memory]) -> int:
     """How much a process and its parent have at the same addresses: what a fork may have left shared between them.
 
@@ -114,7 +130,7 @@ def _memory(images: str, pid: int, parent: int) -> Memory:
     head = next(messages, None)
     if head is None:
         raise _damaged(path, "is empty")
-    pages = os.path.join(images, f"pages-{_number(head, 1, path)}.img")
+    pages = os.path.join(images, _pages_name(head, path))
     runs, nbytes = _runs(messages, path)
     try:
         found = os.stat(pages).st_size
@@ -125,6 +141,10 @@ def _memory(images: str, pid: int, parent: int) -> Memory:
     cut = tuple(_cut(runs, mappings, path))
     early = tuple((one.start, one.end) for one in mappings if one.is_early)
     return Memory(pid=pid, parent=parent, pages=pages, runs=cut, early=early)
+
+
+def _pages_name(head: Fields, path: str) -> str:
+    return f"pages-{_number(head, 1, path)}.img"
 
 
 def _runs(messages: Iterator[Fields], path: str) -> tuple[list[Run], int]:

@@ -12,10 +12,14 @@ import contextlib
 import json
 import os
 import shutil
+import time
+from collections.abc import Iterator
 from typing import Final
 
 VARIABLE: Final = "WEIGHTFS_SNAPSHOT_POINT"
 _FOLDER: Final = "points"
+_READ_S: Final = 60.0
+"""It looks every 2 ms, once it runs."""
 
 
 def make() -> str:
@@ -50,14 +54,44 @@ def dismiss(folder: str) -> None:
 
 def users(folder: str) -> list[int]:
     """The processes that were started to speak through a folder, and those they have started."""
-    wanted = os.fsencode(f"{VARIABLE}={folder}")
-    found = []
+    return [pid for pid, spoken in _speakers() if spoken == folder]
+
+
+def sweep() -> None:
+    """Remove the folders of processes that were let go and have ended since.
+
+    Raises:
+        CheckpointError: the variable for where they lie names no absolute path.
+    """
+    from checkpoint import runtime
+
+    parent = runtime.path_of(_FOLDER)
+    try:
+        folders = [os.path.join(parent, name) for name in os.listdir(parent)]
+    except FileNotFoundError:
+        return
+    old = {folder for folder in folders if _is_read(folder)}
+    if old:
+        for folder in old - {spoken for _, spoken in _speakers()}:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_read(folder: str) -> bool:
+    """Whether a process was let go so long ago that it knows, even one whose environment does not show any more."""
+    try:
+        return time.time() - os.stat(os.path.join(folder, "go")).st_mtime > _READ_S
+    except OSError:
+        return False
+
+
+def _speakers() -> Iterator[tuple[int, str]]:
+    before = os.fsencode(f"{VARIABLE}=")
     for name in os.listdir("/proc"):
         if name.isdigit():
             with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
-                if wanted in file.read().split(b"\0"):
-                    found.append(int(name))
-    return found
+                for entry in file.read().split(b"\0"):
+                    if entry.startswith(before):
+                        yield int(name), os.fsdecode(entry.removeprefix(before))
 
 
 def let_go(folder: str, state: str) -> None:

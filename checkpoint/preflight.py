@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
-from checkpoint.attachments import Attachment, attachments_of
+from checkpoint.attachments import Attachment, attachments_of, is_unseen
 from checkpoint.criu_command import GHOST_LIMIT_BYTES, Criu
 from checkpoint.findings import Finding
 from checkpoint.preflight_gpu import gpu_findings, is_gpu_device
@@ -129,6 +129,11 @@ def _of_a_descriptor(process: Process, one: Descriptor, processes: Sequence[Proc
     elif one.kind == "device" and not _is_known_device(one):
         why = "CRIU can't dump the state of a device"
         yield _fatal("device", process.pid, f"{where} is {one.target}", why, "close it before the snapshot")
+    elif one.kind == "file" and one.can_write and is_unseen(process, one):
+        what = f"{where} writes {one.target}, on a mount that it can't see"
+        why = "CRIU restores it only onto a file of the mode and size that it has at the dump, which no log keeps"
+        mend = "have its output go through a pipe, as container runtimes do, or start it by `weightfs snapshot run`"
+        yield _fatal("unseen-log", process.pid, what, why, mend)
     elif one.kind == "file" and one.can_write and not one.flags & os.O_APPEND and not one.is_deleted:
         why = "it can be restored only while the file has the size it has at the dump"
         mend = "open it for appending (>> in a shell), or write it elsewhere after the snapshot"
@@ -273,13 +278,18 @@ def _of_an_attachment(one: Attachment) -> Finding:
     if one.kind == "tty":
         what, code = f"{where} is the terminal {one.path}", "terminal"
         why = "it can be restored onto another terminal only"
+        if not one.is_stdio:
+            return _fatal(code, pid, what, f"{why}, and a restore has one for its stdio alone", "close it")
         mend = "start it with its output to a file or pipe (>log 2>&1 </dev/null)"
     elif one.kind == "pipe":
         what, code = f"{where} is a pipe whose other end is outside of the tree", "pipe"
-        why = "in a restore nobody is there: it is given a log or an end of file instead"
+        why = "in a restore nobody is there: it is given a log, an end of file, or what swallows all that is written"
         mend = "none is needed for a log; else have the program open it anew"
     elif one.kind == "socket":
         what, code = f"{where} is a Unix connection to a process outside of the tree", "unix-peer"
+        if one.is_stdio:
+            why = "it can be restored onto another socket only, as `snapshot run` has one"
+            return _note(code, pid, what, why, "start it with its output to a file or pipe (>log 2>&1 </dev/null)")
         why = "it will be closed in the process that is restored"
         mend = "close it before the snapshot, or have the program connect anew when it fails"
     else:

@@ -268,6 +268,18 @@ def start_ticks(pid: int, *, proc: str = PROC) -> int | None:
         return None
 
 
+def is_there(pid: int, since: int, *, proc: str = PROC) -> bool:
+    """Whether the process that began at `since`, in clock ticks, is still there and has not ended.
+
+    Costs one small read: its mappings and descriptors, of which a process with a GPU has thousands, are not looked at.
+    """
+    try:
+        fields = _stat(f"{proc}/{pid}")[1]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return int(fields[19]) == since and fields[0] not in "ZX"
+
+
 def _stat(folder: str) -> tuple[str, list[str]]:
     """The name, and the fields from `state` on: the name may hold spaces and parentheses."""
     with open(f"{folder}/stat", encoding="utf-8", errors="surrogateescape") as file:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from checkpoint import control, points
+from checkpoint import points
 from checkpoint.errors import CheckpointError, RetryError, TargetError
-from checkpoint.processes import start_ticks
+from checkpoint.processes import is_there, start_ticks
 
 _LOOK_S: Final = 0.005
 _ANSWER_S: Final = 5.0
@@ -75,7 +75,7 @@ def while_there(pid: int) -> Callable[[], bool]:
     since = start_ticks(pid)
     if since is None:
         raise TargetError(f"there is no process {pid}", mend="ps -e shows those there are")
-    return lambda: control.is_there(pid, since)
+    return lambda: is_there(pid, since)
 
 
 def _answers(url: str) -> bool:

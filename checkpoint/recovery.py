@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from checkpoint import journal
+from checkpoint import journal, points
 from checkpoint.journal import Entry
 from checkpoint.store import Store
 from checkpoint.tools import Tools
@@ -31,7 +31,7 @@ class Recovered:
 
 
 def recover(tools: Tools) -> list[Recovered]:
-    """Deal with every journal that was left over, then with what is left over in the stores they name.
+    """Deal with every journal that was left over, what is left over in the stores they name, and points left behind.
 
     Raises:
         CheckpointError: something could not be put right; its journal stays.
@@ -51,6 +51,7 @@ def recover(tools: Tools) -> list[Recovered]:
         done.append(Recovered(kind=entry.kind, name=entry.name, step=entry.step, outcome=outcome))
     for store in sorted(stores):
         Store(store).recover()
+    points.sweep()
     return done
 
 

@@ -7,7 +7,8 @@
     ready           as above, until the process answers
 
 The tree is restored stopped, and its memory filled in by a page server while CRIU goes on (see
-`checkpoint.pageserver`); once all of it is there, every weight file is looked at once more, and the tree runs.
+`checkpoint.pageserver`); once all of it is there, and what it was read from is verified (see
+`checkpoint.verification`), every weight file is looked at once more, and the tree runs.
 """
 
 from __future__ import annotations
@@ -20,17 +21,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from checkpoint import control, criu, destination, in_use, instances, points, processes, readiness, stdio, userfaultfd
+from checkpoint import (
+    attachments,
+    control,
+    criu,
+    destination,
+    in_use,
+    instances,
+    points,
+    processes,
+    readiness,
+    stdio,
+    userfaultfd,
+)
 from checkpoint.chunks.keys import MasterKey
 from checkpoint.criu_command import options_kept
 from checkpoint.cuda import Pair
 from checkpoint.digests import Identity
+from checkpoint.errors import CheckpointError
 from checkpoint.fingerprint import Difference, compare, require_fit
 from checkpoint.instances import Instance, Published
 from checkpoint.journal import Entry, Journal
 from checkpoint.laying import Laid
 from checkpoint.machine import fingerprint_here
 from checkpoint.manifest import Manifest
+from checkpoint.pagemap import private_pages
 from checkpoint.pageserver import Filled, PageServer
 from checkpoint.phases import Phases
 from checkpoint.processes import start_ticks
@@ -38,9 +53,12 @@ from checkpoint.readable import Readable
 from checkpoint.readiness import Readiness
 from checkpoint.store import Store
 from checkpoint.tools import Tools
+from checkpoint.verification import Verification, Verified
 from checkpoint.weights import check_weights, unchanged_since
 
 _CRIU_S: Final = 120.0
+_REPLACED_S: Final = 30.0
+"""Who replaces a snapshot holds it for as long as a dump takes; a cold start instead would take longer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +104,7 @@ class Restored:
         differences: between the machines, none of which matters.
         warnings: a line each.
         filled: what the page server filled in; None where CRIU read it back.
+        verified: what was compared with its digests; None where that was not asked for.
     """
 
     manifest: Manifest
@@ -95,6 +114,7 @@ class Restored:
     differences: list[Difference]
     warnings: list[str]
     filled: Filled | None
+    verified: Verified | None
 
 
 def differences(manifest: Manifest, tools: Tools, command: Sequence[str] = ()) -> list[Difference]:
@@ -105,8 +125,14 @@ def differences(manifest: Manifest, tools: Tools, command: Sequence[str] = ()) -
     return compare(manifest.fingerprint, now, uses_gpu=bool(manifest.cuda_pids))
 
 
-def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> Restored:
+def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phases: Phases | None = None) -> Restored:
     """Restore a snapshot of the store.
+
+    Args:
+        name: of the snapshot.
+        store: has it.
+        tools, options: see there.
+        phases: of the whole command, which those of the restore are added to.
 
     Raises:
         MisfitError: it does not fit this machine. Nothing was touched.
@@ -114,12 +140,18 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
         RetryError: a pid is taken, a GPU has too little memory free, or it took too long.
         CheckpointError: see `checkpoint.errors`. Whatever is raised, nothing that was restored is left.
     """
-    phases = Phases()
-    with store.lock(name, shared=True):
-        snapshot = store.open(name)
-        manifest = snapshot.manifest
+    phases = phases or Phases()
+    verified = None
+    with contextlib.ExitStack() as held:
         with phases.phase("open"):
+            held.enter_context(store.lock(name, shared=True, timeout_s=_REPLACED_S))
+            snapshot = store.open(name)
+            manifest = snapshot.manifest
             readable = Readable(snapshot, tools.state, options.master)
+            verification = None
+            if options.verify and readable.is_plain:
+                later = () if options.plain or userfaultfd.reason_against() else private_pages(snapshot.images)
+                verification = held.enter_context(Verification(snapshot, later))
         with phases.phase("fit"):
             found = differences(manifest, tools, options.command)
             require_fit(name, found)
@@ -130,9 +162,9 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
             found += moved
         with phases.phase("weights"):
             weights = check_weights(manifest, cache=tools.cache)
-        if options.verify and readable.is_plain:
+        if verification is not None:
             with phases.phase("verify"):
-                snapshot.verify()
+                verification.others()
         entry = Entry(
             kind="restore",
             name=name,
@@ -141,18 +173,21 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
             own_pids=options.own_namespaces,
             since_ticks=int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")),
         )
-        with contextlib.ExitStack() as held:
-            journal = held.enter_context(Journal(entry))
-            instance = held.enter_context(_instance(options, phases))
+        with contextlib.ExitStack() as inner:
+            journal = inner.enter_context(Journal(entry))
+            instance = inner.enter_context(_instance(options, phases))
             with phases.phase("lay out"):
-                laid = held.enter_context(readable.laid_out(entry.work, weights))
+                laid = inner.enter_context(readable.laid_out(entry.work, weights))
             try:
                 journal.at("restoring", images=laid.images)
-                inside, filled = _memory_filled(manifest, laid, entry, tools, options, phases, instance)
+                inside, filled = _memory_filled(manifest, laid, entry, tools, options, phases, instance, verification)
+                if verification is not None:
+                    with phases.phase("verify"):
+                        verified = verification.finish()
                 pid = inside
                 if instance is not None:
                     pid = instance.pids()[inside]
-                journal.at("letting go", tree=control.tree(processes.tree_of(pid)), root=pid)
+                journal.at("letting go", tree=processes.family(pid), root=pid)
                 _let_go(manifest, entry.tree, weights, tools, phases, instance, pairs)
                 if options.ready is not None:
                     journal.at("ready")
@@ -171,6 +206,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions) -> R
         differences=found,
         warnings=[*_slower(options, filled), *_counted(manifest, tools)],
         filled=filled,
+        verified=verified,
     )
 
 
@@ -203,7 +239,7 @@ def _instance(options: RestoreOptions, phases: Phases) -> Iterator[Instance | No
 def _wait(ready: Readiness, options: RestoreOptions, root: tuple[int, int], instance: Instance | None) -> None:
     inside = instance.network() if instance is not None and not options.ports else contextlib.nullcontext()
     with inside:
-        readiness.wait(ready, options.timeout_s, lambda: control.is_there(*root))
+        readiness.wait(ready, options.timeout_s, lambda: processes.is_there(*root))
 
 
 def _memory_filled(
@@ -214,6 +250,7 @@ def _memory_filled(
     options: RestoreOptions,
     phases: Phases,
     instance: Instance | None,
+    verification: Verification | None,
 ) -> tuple[int, Filled | None]:
     """Restore the tree, stopped; gives the pid of the root, in its instance, and what the page server filled in."""
     work = entry.work
@@ -229,7 +266,7 @@ def _memory_filled(
             kept,
             root=options.root or kept.root,
             leave_stopped=True,
-            inherit=inherit,
+            inherit=(*inherit, *held.enter_context(attachments.stand_ins(manifest.outside))),
             sibling=options.attached is not None,
             enter=instance.enter if instance is not None else (),
         )
@@ -239,6 +276,9 @@ def _memory_filled(
         if server is None or server.parts_memory:
             with phases.phase("lay out"):
                 laid.complete({})
+            if verification is not None:  # CRIU reads all images
+                with phases.phase("verify"):
+                    verification.finish()
             with phases.phase("criu restore"):
                 pid = criu.restore(
                     tools.criu, laid.images, wanted, options.timeout_s, work=work, inherited=laid.inherited
@@ -248,6 +288,12 @@ def _memory_filled(
             laid.complete(server.lazy)
         held.enter_context(server)
         wanted = replace(wanted, lazy_pages=True)
+
+        def check() -> None:
+            server.check()
+            if verification is not None:
+                verification.check()
+
         try:
             with phases.phase("criu restore"):
                 pid = criu.restore(
@@ -256,14 +302,16 @@ def _memory_filled(
                     wanted,
                     options.timeout_s,
                     work=work,
-                    check=server.check,
+                    check=check,
                     inherited=laid.inherited,
                 )
             with phases.phase("memory"):
                 return pid, server.finish(options.timeout_s)
-        except BaseException:
+        except BaseException as e:
             if instance is None:  # which ends what is in it
                 _kill(entry)
+            if verification is not None and isinstance(e, CheckpointError):
+                verification.finish()  # bytes that are not those that were written may be why
             raise
 
 

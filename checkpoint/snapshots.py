@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -49,21 +51,26 @@ class Snapshot:
         """
         return os.path.join(self.folder, IMAGES)
 
-    def verify(self) -> int:
-        """Read every image of a plain one, and compare its digest; gives how many bytes that were.
+    def verify(self, names: Collection[str] | None = None, stopping: threading.Event | None = None) -> int:
+        """Read images of a plain one, and compare their digests; gives how many bytes that were.
+
+        Args:
+            names: of the images; without, all.
+            stopping: when it is set, it ends early, with an error.
 
         Raises:
             CorruptError: one is not what was written.
         """
-        wanted = {os.path.join(self.images, file.name): file for file in self.manifest.files}
+        files = [file for file in self.manifest.files if names is None or file.name in names]
+        wanted = {os.path.join(self.images, file.name): file for file in files}
         try:
-            found = digest_files(wanted, follow=False)
+            found = digest_files(wanted, follow=False, stopping=stopping)
         except RetryError as e:
             raise CorruptError("changed while it was read", path=e.path, mend=_ANEW) from e
         for path, file in wanted.items():
             if found[path].blake3 != file.blake3 or found[path].identity.nbytes != file.nbytes:
                 raise CorruptError("its bytes are not those that were written", path=path, mend=_ANEW)
-        return self.manifest.bytes_logical
+        return sum(file.nbytes for file in files)
 
 
 def examined(name: str, folder: str) -> Snapshot:

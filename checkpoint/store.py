@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import shutil
 import time
@@ -47,6 +48,7 @@ _DRAFT: Final = ".draft."
 _REMOVED: Final = ".removed."
 _STORE_S: Final = 10.0
 _IN_USE_S: Final = 30.0
+"""For a restore to end: it holds its snapshot until its process answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +91,9 @@ class Store:
 
         Raises:
             SnapshotNameError: it can't be a name, or there is one already that is not to be replaced.
-            RetryError: one of that name is being made.
+            RetryError: one of that name is being made; or it is to be replaced, and is still in use after 30 s. Nobody
+                else can use it then until the draft ends: whoever makes the new one may have stopped a process for it,
+                and could not wait.
             CorruptError: others may write the store.
             CheckpointError: the store can't be written.
         """
@@ -99,27 +103,26 @@ class Store:
         except OSError as e:
             raise guarded.unwritable(self.path, e) from e
         self._sweep()
-        with self._locked() as store_fd:
-            if not replace:
-                self._require_free(name)
-            for left in self._left(store_fd, _DRAFT):
-                if _name_of(left) == name and not self._is_left_over(store_fd, left):
-                    raise RetryError(
-                        "is being made by another process", path=self._at(name), mend="wait until it is done"
-                    )
-            folder = self._at(_temporary(_DRAFT, name))
-            lock_fd = -1
-            try:
-                os.mkdir(folder, 0o700)
-                lock_fd = os.open(folder, guarded.FOLDER)
-                flock(lock_fd, fcntl.LOCK_EX, 0)
-                os.mkdir(IMAGES, 0o700, dir_fd=lock_fd)
-            except OSError as e:
-                if lock_fd >= 0:
-                    os.close(lock_fd)
-                shutil.rmtree(folder, ignore_errors=True)
-                raise guarded.unwritable(folder, e) from e
-            return Draft(name, folder, lock_fd, lambda: self._publish(folder, name, replace=replace), self._sweep)
+        with contextlib.ExitStack() as held:
+            is_kept = replace and self._keep(name, held)
+            with self._locked() as store_fd:
+                if not replace:
+                    self._require_free(name)
+                self._require_not_made(store_fd, name)
+                folder = self._at(_temporary(_DRAFT, name))
+                lock_fd = -1
+                try:
+                    os.mkdir(folder, 0o700)
+                    lock_fd = os.open(folder, guarded.FOLDER)
+                    flock(lock_fd, fcntl.LOCK_EX, 0)
+                    os.mkdir(IMAGES, 0o700, dir_fd=lock_fd)
+                except OSError as e:
+                    if lock_fd >= 0:
+                        os.close(lock_fd)
+                    shutil.rmtree(folder, ignore_errors=True)
+                    raise guarded.unwritable(folder, e) from e
+            publish = functools.partial(self._publish, folder, name, replace=replace, is_kept=is_kept)
+            return Draft(name, folder, lock_fd, publish, self._sweep, held.pop_all())
 
     def open(self, name: str) -> Snapshot:
         """A snapshot; examined, but its images are not read: see `Snapshot.verify`.
@@ -233,7 +236,9 @@ class Store:
                 raise guarded.unreadable(folder, e) from e
             try:
                 if not flock(fd, how, until):
-                    raise RetryError("is in use", path=folder, mend="try again when no restore reads it")
+                    raise RetryError(
+                        "is in use", path=folder, mend="try again when it is neither restored nor replaced"
+                    )
                 if leads_to(folder, fd):  # and was not replaced while it was waited for
                     yield
                     return
@@ -261,17 +266,26 @@ class Store:
                     removed.append(_name_of(left))
         return tuple(removed)
 
-    def _publish(self, folder: str, name: str, *, replace: bool) -> Snapshot:
-        """Give a complete draft its name; what had that name is for `_sweep`."""
+    def _keep(self, name: str, held: contextlib.ExitStack) -> bool:
+        """Hold what is to be replaced, where something is, until `held` ends."""
+        with self._locked() as store_fd:
+            self._require_not_made(store_fd, name)  # who makes one holds it as well, and is not waited for
+        try:
+            held.enter_context(self.lock(name, timeout_s=_IN_USE_S))
+        except SnapshotNameError:
+            return False
+        return True
+
+    def _publish(self, folder: str, name: str, *, replace: bool, is_kept: bool) -> Snapshot:
+        """Give a complete draft its name; what had that name is for `_sweep`. Waits for nobody who uses a snapshot."""
         target = self._at(name)
         while True:
             with contextlib.ExitStack() as held:
                 is_there = os.path.lexists(target)
-                if is_there:
+                if is_there and not is_kept:
                     if not replace:
                         self._require_free(name)
-                    # Before the store's lock, which nobody holds while he waits.
-                    held.enter_context(self.lock(name, timeout_s=_IN_USE_S))
+                    held.enter_context(self.lock(name))
                 store_fd = held.enter_context(self._locked())
                 if os.path.lexists(target) is not is_there:
                     continue  # somebody else was faster
@@ -350,6 +364,11 @@ class Store:
             return flock(fd, fcntl.LOCK_EX, 0)
         finally:
             os.close(fd)
+
+    def _require_not_made(self, store_fd: int, name: str) -> None:
+        for left in self._left(store_fd, _DRAFT):
+            if _name_of(left) == name and not self._is_left_over(store_fd, left):
+                raise RetryError("is being made by another process", path=self._at(name), mend="wait until it is done")
 
     def _require_free(self, name: str) -> None:
         if os.path.lexists(self._at(name)):

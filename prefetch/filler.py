@@ -50,6 +50,8 @@ CHUNK_BYTES: Final = 4 << 20
 """What a thread reads at a time."""
 _HUGE_BYTES: Final = 2 << 20
 """Of most processors. Where huge pages are of another size sendfile reads."""
+_PIECE_BYTES: Final = 512 << 10
+"""What sendfile moves at a time: the pace is to know soon what has come."""
 _SMALL_BYTES: Final = 256 << 10
 """A part that is smaller, as orders that were learned have them, is read alone and not with its huge page."""
 _AWAITED_BYTES: Final = 16 << 20
@@ -123,6 +125,7 @@ class Filler:
         self._can_populate = linux.kernel_version() >= _POPULATES_SINCE and linux.huge_page_bytes() == _HUGE_BYTES
         self._populates = self._can_populate and not linux.reports_free_pages()
         self._each_bytes = _HUGE_BYTES  # under way for one read
+        self._unseen_bytes = _HUGE_BYTES  # of one read, come before the pace is told
         self._disks = Disks()
         self._pace = Pace(self._disks.counters, self._resident)
         self._turn = threading.Condition()
@@ -198,7 +201,7 @@ class Filler:
                     self._turn.wait(_HELD_S)
                 elif self._working >= self._depth():
                     self._turn.wait()
-                elif (wait_s := self._pace.wait_s(self._working)) > 0:
+                elif (wait_s := self._pace.wait_s(self._working, self._unseen_bytes)) > 0:
                     self._turn.wait(wait_s)
                 else:
                     fill = self._fills[0]
@@ -230,7 +233,9 @@ class Filler:
     def _look_elsewhere(self) -> None:
         """What is to be read lies on other disks, maybe."""
         self._disks.follow({device for fill in self._fills for device in fill.devices})
-        self._each_bytes = _HUGE_BYTES if self._populates else max(_SMALL_BYTES, 2 * self._disks.read_ahead_bytes())
+        ahead = max(_SMALL_BYTES, 2 * self._disks.read_ahead_bytes())
+        self._each_bytes = _HUGE_BYTES if self._populates else ahead
+        self._unseen_bytes = _HUGE_BYTES if self._populates else min(_PIECE_BYTES + ahead, CHUNK_BYTES)
         self._pace.restart()
 
     def _resident(self) -> int | None:
@@ -257,9 +262,13 @@ class Filler:
     def _populate(self, fill: Fill, chunk: Extent, fd: int) -> int:
         start = chunk.offset // _HUGE_BYTES * _HUGE_BYTES
         end = min(-(-chunk.end // _HUGE_BYTES) * _HUGE_BYTES, os.fstat(fd).st_size)
-        missing = end - start - resident_bytes(fd, start, end - start)
+        missing = left = max(0, end - start - resident_bytes(fd, start, end - start))
         try:
-            linux.populate_huge(fd, start, chunk.end - start)
+            for at in range(start, chunk.end, _HUGE_BYTES):
+                until = min(at + _HUGE_BYTES, chunk.end)
+                linux.populate_huge(fd, at, until - at)
+                self._came(fill, until - max(at, chunk.offset), min(left, _HUGE_BYTES))
+                left -= min(left, _HUGE_BYTES)
         except OSError as e:
             if e.errno != errno.EFAULT:
                 raise
@@ -267,9 +276,7 @@ class Filler:
                 fill.cancel(f"{chunk.file}: ends at byte {size} now")
                 return 0
             raise OSError(errno.EIO, os.strerror(errno.EIO)) from e
-        fill.filled_bytes += chunk.nbytes
-        self.filled_bytes += chunk.nbytes
-        return max(0, missing)
+        return missing
 
     def _send(self, fill: Fill, chunk: Extent, fd: int, sink: int) -> int:
         # A descriptor of its own keeps a thread's read-ahead from being confused by the others'.
@@ -279,16 +286,21 @@ class Filler:
             os.posix_fadvise(own, 0, 0, os.POSIX_FADV_RANDOM if is_small else os.POSIX_FADV_SEQUENTIAL)
             at, end = chunk.offset, chunk.end
             while at < end and not fill.cancelled:
-                moved = os.sendfile(sink, own, at, end - at)
+                moved = os.sendfile(sink, own, at, min(end - at, _PIECE_BYTES))
                 if not moved:
                     fill.cancel(f"{chunk.file}: ends at byte {at} now")
                     break
                 at += moved
-                fill.filled_bytes += moved
-                self.filled_bytes += moved
+                self._came(fill, moved, moved)
         finally:
             os.close(own)
         return at - chunk.offset
+
+    def _came(self, fill: Fill, nbytes: int, read_bytes: int) -> None:
+        with self._turn:
+            fill.filled_bytes += nbytes
+            self.filled_bytes += nbytes
+            self._pace.came(read_bytes)
 
     def _done(self, fill: Fill, read_bytes: int) -> None:
         with self._turn:

@@ -34,6 +34,8 @@ from typing import Final
 log = logging.getLogger(__name__)
 
 _LOOK_S: Final = 0.05
+_LOOK_MOST_S: Final = 0.4
+"""Twice as long after each look that found nobody but the loader of what is being filled."""
 _AGAIN_S: Final = 0.02
 """Others are looked for again so soon before anything is yielded: a program that begins to run reads a little too."""
 _DRAINS: Final = 2
@@ -138,6 +140,10 @@ class Pace:
         self._clock = clock
         self._ours = 0
         self._mark: tuple[float, int] | None = None  # when others were last looked for, and what we had read
+        self._known = 0  # what the disks had read that we had not, when that was last explained
+        self._known_s = 0.0
+        self._look_s = _LOOK_S
+        self._looked_s = 0.0
         self._most = 0  # what the disks had read that is not in the files being filled; pages on their way count there
         self._gap: Counters | None = None  # what they had read when the last gap began
         self._next_s = 0.0
@@ -153,18 +159,32 @@ class Pace:
         """Other files, or other disks, are read from now on."""
         self._mark = None
 
-    def ended(self, nbytes: int) -> None:
-        """A read of ours has ended that had the disk read `nbytes`."""
+    def came(self, nbytes: int) -> None:
+        """So much of a read of ours has come from the disk."""
         self._ours += nbytes
+
+    def ended(self, nbytes: int) -> None:
+        """A read of ours has ended that had the disk read `nbytes`; they have come."""
         if self.yields and nbytes:
             self._next_s = self._clock() + self._gap_s
             self._gap = self._counters()
 
-    def wait_s(self, under_way: int) -> float:
-        """Seconds to wait, or until a read of ours ends if that is sooner, before one may begin; 0: now."""
+    def wait_s(self, under_way: int, each_bytes: int = 0) -> float:
+        """Seconds to wait, or until a read of ours ends if that is sooner, before one may begin; 0: now.
+
+        Args:
+            under_way: reads of ours.
+            each_bytes: what the disk has read for one of them at most, before it came.
+        """
         now = self._clock()
         if now < self._next_s:
             return self._next_s - now if self.yields else 0.0
+        if self.yields and now - self._looked_s < _LOOK_S and not under_way:
+            return 0.0
+        counted = self._counters()
+        if self._draining_s is None and self._is_explained(now, counted, under_way * each_bytes):
+            self._next_s = now + _LOOK_S
+            return 0.0
         self._stuck = min(self._stuck, under_way)
         if under_way > self._stuck:
             if self._draining_s is None:
@@ -172,7 +192,6 @@ class Pace:
             if (left := self._draining_s + _STUCK_S - now) > 0:
                 return left
             self._stuck = under_way
-        counted = self._counters()
         if not self.yields and counted is not None and counted.under_way > _FEW_UNDER_WAY:
             if self._draining_s is None:
                 self._draining_s = now
@@ -181,9 +200,31 @@ class Pace:
         drained_s = now - self._draining_s if self._draining_s is not None else 0.0
         self._draining_s = None
         self._look(now, counted)
-        look_s = _AGAIN_S if self._suspects else _LOOK_S
-        self._next_s = now if self.yields else now + max(look_s, _DRAINS * drained_s)
+        self._next_s = (
+            now if self.yields else now + max(_AGAIN_S if self._suspects else self._look_s, _DRAINS * drained_s)
+        )
         return 0.0
+
+    def _is_explained(self, now: float, counted: Counters | None, under_way_bytes: int) -> bool:
+        """Whether what the disks have read may all be ours: then nobody need be looked for."""
+        mark = self._mark
+        if mark is None or counted is None or self.yields or self._suspects:
+            return False
+        beyond = counted.nbytes - self._ours
+        self._known = min(self._known + int(_SOME_BYTES_S * (now - self._known_s)), beyond)
+        self._known_s = now
+        if beyond > self._known + _SOME_BYTES + under_way_bytes:
+            return False
+        self._look_s = _LOOK_S
+        self._learn(now, mark)
+        self._mark = now, self._ours
+        return True
+
+    def _learn(self, now: float, mark: tuple[float, int]) -> None:
+        """How long the disk has to do with a read of ours, when nobody else reads."""
+        at_s, ours = mark
+        if (read := self._ours - ours) > 4 * _READ_BYTES:
+            self._read_s = (now - at_s) * _READ_BYTES / read
 
     @property
     def _gap_s(self) -> float:
@@ -195,11 +236,12 @@ class Pace:
         if counted is None or held is None:
             self.yields = False
             return
-        self._mark = now, self._ours
+        self._mark, self._looked_s = (now, self._ours), now
+        self._known, self._known_s = counted.nbytes - self._ours, now
         if mark is None:
             self._most = counted.nbytes - held
             return
-        at_s, ours = mark
+        at_s, _ = mark
         others = counted.nbytes - held - self._most
         self._most += max(0, others)
         others_read = others > _SOME_BYTES + _SOME_BYTES_S * (now - at_s)
@@ -207,6 +249,7 @@ class Pace:
             self._suspects = True
             return
         self._suspects = False
+        self._look_s = _LOOK_S if others_read else min(2 * self._look_s, _LOOK_MOST_S)
         if others_read:
             gap = self._gap if self.yields else None
             if gap is None:
@@ -216,6 +259,6 @@ class Pace:
                 self._gaps = _GAP_BESIDE_LARGE if is_large else _GAP_BESIDE_SMALL
             self._seen_s, self.yields, self._gap = now, True, None
         elif now - self._seen_s > _QUIET_S:
-            if not self.yields and (read := self._ours - ours) > 4 * _READ_BYTES:
-                self._read_s = (now - at_s) * _READ_BYTES / read
+            if not self.yields:
+                self._learn(now, mark)
             self.yields = False

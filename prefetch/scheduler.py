@@ -20,6 +20,7 @@ from typing import Any, Final, TypeVar
 
 import trio
 
+from prefetch import underway
 from prefetch.anticipation import AFTER_PRESSURE_S, Anticipation, Target
 from prefetch.filler import Fill, Filler, FillerConfig, cut
 from prefetch.foresight import Foresight, Past
@@ -28,9 +29,9 @@ from prefetch.inventory import Inventory
 from prefetch.occupancy import Key, Occupancy, OpenedModel, Shelf, Wanted, drop_model, resident_of_model
 from prefetch.plan import Extent, Layer, plan_of, whole_file_plan
 from prefetch.pressure import Pressure, Reason
-from prefetch.residency import resident_of
 from prefetch.standing import PREDICTED, WARM, Standing, name_of
 from prefetch.timeline import Timeline
+from prefetch.underway import Underway
 from prefetch.walkers import COPIERS, Walkers, process_of
 from prefetch.wishes import AGAIN_S, Wish, is_served, is_trigger
 
@@ -44,8 +45,6 @@ _REMEMBERED: Final = 4096
 _PRESSURE_S: Final = 0.25
 _SAMPLE_S: Final = 0.05
 _PREDICTED_EVERY: Final = 20  # samples
-STALLED_S: Final = 30.0
-"""A model of which no byte came for so long is given up."""
 _LARGE_BYTES: Final = 64 << 20
 _BANDWIDTH_BYTES_S: Final = 1e9  # until a model was read
 _SHOWN: Final = 32
@@ -110,9 +109,7 @@ class Scheduler:
         self._halted: Reason | None = None
         self._short_s: float | None = None  # when memory was short last; trio's clock
         self._timeline = Timeline(time.time() - time.monotonic())
-        self._measuring = threading.Lock()
-        self._opened: dict[Standing, OpenedModel] = {}  # what is being read; under `_measuring`
-        self._progress: dict[Standing, tuple[int, float]] = {}  # bytes, and since when so many
+        self._underway = Underway()
         self._recent: OrderedDict[tuple[bytes, int], float] = OrderedDict()
         self._lock = threading.Lock()
         self._models: OrderedDict[tuple[bytes, str], Standing] = OrderedDict()
@@ -197,39 +194,27 @@ class Scheduler:
         """Tell the timeline how much of each layer there is, while models are read."""
         for turn in itertools.count():
             await trio.sleep(_SAMPLE_S)
-            if self._opened:
-                await self.in_thread(functools.partial(self._measure, predicted=turn % _PREDICTED_EVERY == 0))
-                self._watch_progress(trio.current_time())
+            if self._underway:
+                every = turn % _PREDICTED_EVERY == 0
+                await self.in_thread(self._underway.measure if every else self._measure_asked_for)
+                for standing in self._underway.stalled(trio.current_time(), self._waits):
+                    self._give_up(standing)
 
-    def _watch_progress(self, now: float) -> None:
-        """Give up what no byte comes of: its source stands still."""
-        for standing in list(self._opened):
-            if (fill := standing.fill) is None or fill.cancelled:
-                continue
-            done = fill.filled_bytes + fill.skipped_bytes
-            before, since = self._progress.get(standing, (-1, now))
-            waits = self._halted is not None or (standing.is_predicted and self._demand())
-            if done != before or waits:
-                self._progress[standing] = done, now
-            elif now - since >= STALLED_S:
-                log.warning("prefetch of %s ends: no byte came for %g s", standing.name, STALLED_S)
-                self._filler_of(standing).cancel(fill, f"no byte came for {STALLED_S:g} s: the source does not answer")
+    def _measure_asked_for(self) -> None:
+        self._underway.measure(lambda one: not one.is_predicted)
+
+    def _waits(self, standing: Standing) -> bool:
+        return self._halted is not None or (standing.is_predicted and self._demand())
+
+    def _give_up(self, standing: Standing) -> None:
+        """A model whose source stands still."""
+        log.warning("prefetch of %s ends: no byte came for %g s", standing.name, underway.STALLED_S)
+        if standing.fill is not None:
+            why = f"no byte came for {underway.STALLED_S:g} s: the source does not answer"
+            self._filler_of(standing).cancel(standing.fill, why)
 
     def _filler_of(self, standing: Standing) -> Filler:
         return self._ahead.filler if self._ahead is not None and standing.is_predicted else self._filler
-
-    def _measure(self, only: Standing | None = None, *, predicted: bool = True) -> None:
-        with self._measuring:
-            for standing, opened in self._opened.items():
-                if only is standing or (only is None and (predicted or not standing.is_predicted)):
-                    try:
-                        found = [resident_of(layer.extents, opened.fds) for layer in standing.plan.layers]
-                    except OSError as e:
-                        log.debug("can't measure %s: %s", standing.name, e.strerror)
-                        continue
-                    standing.load.sample(time.monotonic(), found)
-                    if standing.fill is not None and standing.fill.submitted_at is not None:
-                        standing.load.submitted(standing.fill.submitted_at)
 
     # Triggers
 
@@ -366,12 +351,11 @@ class Scheduler:
         before = self._known_bytes(standing, opened)
         end = functools.partial(self._end, standing, opened, before)
         fill = standing.fill = Fill(cut(plan.extents(labels)), opened.fds, end, standing.awaited)
-        with self._measuring:
-            self._opened[standing] = opened
+        self._underway.add(standing, opened)
         if len(affordable) < len(wanted):
             fill.failure = f"the budget of {self._config.budget_bytes} bytes has room for {left} of {need}"
         self._filler_of(standing).start(fill)
-        self._measure(standing)
+        self._underway.measure(lambda one: one is standing)
         return standing
 
     def _known_bytes(self, standing: Standing, opened: OpenedModel) -> int:
@@ -388,16 +372,13 @@ class Scheduler:
         fill = standing.fill
         assert fill is not None, "it has ended"
         try:
-            self._measure(standing)
+            self._underway.measure(lambda one: one is standing, afresh=True)
             if standing.is_predicted and self._ahead is not None:
                 self._ahead.score.read(standing.key, resident_of_model(opened) - before_bytes)
             if not standing.is_predicted:  # what is locked can't leave for what is asked for
                 self._occupancy.pin(standing.key, standing.plan, opened)
         finally:
-            with self._measuring:
-                del self._opened[standing]
-                self._progress.pop(standing, None)
-                opened.close()
+            self._underway.remove(standing)
             now = time.monotonic()
             if fill.submitted_at is not None and fill.filled_bytes >= _LARGE_BYTES and not standing.is_predicted:
                 self.bandwidth_bytes_s = fill.filled_bytes / max(now - fill.submitted_at, 1e-3)
@@ -417,7 +398,7 @@ class Scheduler:
 
     def _others(self, standing: Standing | None, kept: Collection[Key] = ()) -> list[Wanted]:
         """All models but one; those that are read, or to be kept, as what they will be."""
-        reading = {one.key for one in list(self._opened)}
+        reading = {one.key for one in self._underway}
         known = [
             Wanted(one.key, one.wanted_s, one.plan.nbytes if one.key in reading or one.key in kept else 0)
             for one in self.standings()
@@ -447,7 +428,7 @@ class Scheduler:
         for key in self._shelf.names(path):
             if self._ahead is not None:
                 self._ahead.unwanted(key)
-            for one in [one for one in list(self._opened) if one.key == key]:
+            for one in [one for one in self._underway if one.key == key]:
                 if one.fill is not None:
                     self._filler_of(one).cancel(one.fill, "it was evicted")
                     one.fill.ended.wait(1)

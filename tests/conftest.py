@@ -7,14 +7,18 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from checkpoint import runtime
 from tests.helpers.mounting import Mounter, detach, mounts_below
 
 
 def pytest_configure() -> None:
-    """A shell's job in the background ignores SIGINT, and so would Python, and whatever a test starts."""
+    # A shell's job in the background ignores SIGINT, and so would Python, and whatever a test starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # How long an example takes says nothing where others use the machine, too.
+    settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("shared")
 
 
 @pytest.fixture(scope="session", autouse=True)

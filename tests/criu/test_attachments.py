@@ -54,7 +54,7 @@ def taken(one: Target, images: str) -> tuple[Attachment, Callable[[int], int]]:
     (attachment,) = found(tree)
     options = options_for(tree)
     dump(the_criu(), one.pid, images, options, 60)
-    assert one.process.wait(10) == -signal.SIGKILL
+    assert one.process.wait(30) == -signal.SIGKILL
 
     def back(fd: int) -> int:
         with_it = replace(restore_options_of(options), inherit=((fd, attachment.resource),))
@@ -191,7 +191,7 @@ def test_stand_ins_for_all_that_is_gone(tmp_path: Path, images: str) -> None:
         assert sorted(each.kind for each in needed) == ["pipe", "pipe", "socket"]
         options = options_for(tree)
         dump(the_criu(), one.pid, images, options, 60)
-        one.process.wait(10)
+        one.process.wait(30)
         for fd in (own_reading, writing, reading, own_writing):
             os.close(fd)
         ours.close()
@@ -233,13 +233,14 @@ def test_what_a_tree_has_between_its_processes_is_no_attachment(tmp_path: Path, 
         assert not found(tree)
         options = options_for(tree)
         dump(the_criu(), talker.pid, images, options, 60)
-        talker.process.wait(10)
+        talker.process.wait(30)
         restore(the_criu(), images, restore_options_of(options), 60)
         assert talker.ask() == "pt"
         child = tree_of(talker.pid)[1].pid
     wait_until(lambda: not os.path.exists(f"/proc/{child}/exe"), "the child ends with its parent")
 
 
+@pytest.mark.alone
 def test_a_mount_namespace_of_its_own(tmp_path: Path, images: str) -> None:
     """Its mounts are those of the outside, taken from there; its standard input was opened outside."""
     reader = """
@@ -260,7 +261,7 @@ while True:
             assert {one.path for one in attachments} == {"/dev/null"}
             options = options_for(tree)
             dump(the_criu(), inside.pid, images, options, 60)
-            inside.process.wait(10)
+            inside.process.wait(30)
             null = os.open("/dev/null", os.O_RDWR)
             inherit = tuple((null, one.resource) for one in attachments)
             restore(the_criu(), images, replace(restore_options_of(options), inherit=inherit), 60)

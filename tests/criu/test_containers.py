@@ -58,7 +58,7 @@ def running(container: Bundle, log: Path) -> Iterator[tuple[subprocess.Popen[byt
         with container.start(f"weightfs-{os.getpid()}", cat.stdin) as process:
             cat.stdin.close()
             try:
-                init = wait_until(functools.partial(pid_1, process), "the container runs", timeout_s=20)
+                init = wait_until(functools.partial(pid_1, process), "the container runs")
                 assert init is not None
                 yield process, init
             finally:

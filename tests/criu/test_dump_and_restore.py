@@ -33,7 +33,7 @@ def test_goes_on_where_it_was(tmp_path: Path, images: str) -> None:
         tree = tree_of(counter.pid)
         options = options_for(tree)
         dump(the_criu(), counter.pid, images, options, 60)
-        assert counter.process.wait(10) == -signal.SIGKILL
+        assert counter.process.wait(30) == -signal.SIGKILL
         assert restore(the_criu(), images, restore_options_of(options), 60) == counter.pid
         second = counter.ask()
         assert first.split()[0] == "1"
@@ -86,7 +86,7 @@ def test_a_listener_answers_again(tmp_path: Path, images: str) -> None:
         assert asked(port) == b"WARM"
         options = options_for(tree_of(server.pid))
         dump(the_criu(), server.pid, images, options, 60)
-        assert server.process.wait(10) == -signal.SIGKILL  # else its parent keeps the pid taken
+        assert server.process.wait(30) == -signal.SIGKILL  # else its parent keeps the pid taken
         with pytest.raises(ConnectionRefusedError):
             asked(port)
         restore(the_criu(), images, restore_options_of(options), 60)

@@ -62,7 +62,7 @@ def test_dumped_and_restored(mounter: Mounter, tmp_path: Path, images: str, engi
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     ) as reader:
-        wait_until(lambda: os.path.exists(told), "the process reads", timeout_s=20)
+        wait_until(lambda: os.path.exists(told), "the process reads")
         if event == "killed":
             mount.kill_daemon()
         elif event == "replaced beside":
@@ -72,13 +72,13 @@ def test_dumped_and_restored(mounter: Mounter, tmp_path: Path, images: str, engi
             os.chmod(f"{source}/model/weights", 0o600)
         os.stat(path)
         run_criu("dump", images, "-t", str(reader.pid))
-        assert reader.wait(10) == -signal.SIGKILL
+        assert reader.wait(30) == -signal.SIGKILL
     os.unlink(told)
     mount.kill_daemon()
     run_criu("restore", images, "--restore-detached")
     try:
         os.kill(reader.pid, signal.SIGUSR1)
-        wait_until(lambda: os.path.exists(told), "it reads again", timeout_s=20)
+        wait_until(lambda: os.path.exists(told), "it reads again")
         assert Path(told).read_bytes() == DATA + DATA
         with open(f"/proc/{reader.pid}/maps") as maps:
             assert any(line.rstrip("\n").endswith(path) for line in maps)

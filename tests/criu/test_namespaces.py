@@ -17,7 +17,7 @@ from checkpoint.sockets import sockets_of
 from tests.helpers.mounting import Mounter, both_engines
 from tests.helpers.targets import Target, end, needs_criu, target, the_criu
 
-pytestmark = needs_criu
+pytestmark = [needs_criu, pytest.mark.alone]
 
 INSIDE = """
 subprocess = __import__("subprocess")
@@ -52,7 +52,7 @@ def test_like_a_container(mounter: Mounter, tmp_path: Path, engine: str, propaga
         assert [each.local for each in sockets.values()] == ["0.0.0.0:8080"]
         options = options_for(tree, sockets)
         dump(the_criu(), inner, str(images), options, 60)
-        outer.process.wait(10)
+        outer.process.wait(30)
         mount.kill_daemon()
         with stand_ins(each for each in attachments_of(tree, sockets) if each.needed) as pairs:
             pid = restore(the_criu(), str(images), replace(restore_options_of(options), inherit=pairs), 60)

@@ -55,7 +55,7 @@ def test_none_is_loaded(tmp_path: Path, plugin: tuple[str, Path], monkeypatch: p
         criu = find_criu()
         assert os.listdir(criu.libdir) == []
         dump(criu, one.pid, str(images), DumpOptions(), 60)
-        one.process.wait(10)
+        one.process.wait(30)
         restore(criu, str(images), restore_options_of(DumpOptions()), 60)
         assert one.lives()
         assert not trace.exists()

@@ -76,7 +76,7 @@ def test_what_is_fatal_is_what_criu_refuses(tmp_path: Path, images: str, code: s
 
 def came_up(one: Target) -> bool:
     with contextlib.suppress(AssertionError):
-        wait_until(lambda: os.path.exists(one.told) or one.process.poll() is not None, "it is there", timeout_s=20)
+        wait_until(lambda: os.path.exists(one.told) or one.process.poll() is not None, "it is there")
     return os.path.exists(one.told)
 
 
@@ -104,7 +104,7 @@ def test_what_is_noted_does_not_stop_a_dump(tmp_path: Path, images: str, code: s
         assert [each.code for each in findings] == [code]
         assert told in findings[0].what
         the_dump(one, images)
-        one.process.wait(10)
+        one.process.wait(30)
 
 
 @pytest.mark.parametrize("body", FINE)
@@ -113,7 +113,7 @@ def test_of_what_is_fine_nothing_is_said(tmp_path: Path, images: str, body: str)
         one.said()
         assert not examined(one)
         the_dump(one, images)
-        one.process.wait(10)
+        one.process.wait(30)
 
 
 def test_connections_out_of_the_tree(tmp_path: Path, images: str) -> None:
@@ -132,7 +132,7 @@ def test_connections_out_of_the_tree(tmp_path: Path, images: str) -> None:
             options = options_for(tree_of(one.pid))
             assert (options.tcp_close, options.tcp_established) == (True, False)
             the_dump(one, images)
-            one.process.wait(10)
+            one.process.wait(30)
 
 
 def test_a_connection_within_the_tree_is_kept(tmp_path: Path, images: str) -> None:
@@ -151,7 +151,7 @@ while True:
         options = options_for(tree_of(one.pid))
         assert (options.tcp_close, options.tcp_established) == (False, True)
         dump(the_criu(), one.pid, images, options, 60)
-        one.process.wait(10)
+        one.process.wait(30)
         restore(the_criu(), images, restore_options_of(options), 60)
         assert one.ask() == "kept"
 
@@ -165,7 +165,7 @@ def test_pipes_terminals_and_unix_sockets_to_the_outside(tmp_path: Path) -> None
             one.said()
             found = {each.code: each for each in examined(one)}
             assert set(found) == {"pipe", "unix-peer", "terminal"}
-            assert not any(each.fatal for each in found.values())
+            assert [code for code, each in found.items() if each.fatal] == ["terminal"]
             assert found["pipe"].what.startswith("descriptor 1 ")
             assert found["terminal"].what.startswith(f"descriptor {slave} is the terminal /dev/pts/")
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,7 +68,7 @@ def hasher(tmp_path: Path, it: Commands) -> Iterator[tuple[Target, str]]:
     with target(HASHES, tmp_path) as one:
         before = one.said()
         it.told("create", "warm", "--pid", str(one.pid))
-        one.process.wait(10)
+        one.process.wait(30)
         yield one, before
 
 
@@ -122,7 +123,7 @@ def test_the_command_is_killed_meanwhile(tmp_path: Path, it: Commands, hasher: t
     (tmp_path / "held").touch()
     with filling(it, tmp_path) as command:
         command.kill()
-        command.communicate(timeout=10)
+        command.communicate(timeout=30)
     (found,) = it.told("recover")["recovered"]
     assert (found["kind"], found["outcome"]) == ("restore", "undone")
     wait_until(lambda: start_ticks(one.pid) is None, "its pid is free")
@@ -169,8 +170,100 @@ def test_what_a_fork_shares_stays_shared(tmp_path: Path, it: Commands) -> None:
         assert one.said() == "forked"
         before = shared_kib(one.pid)
         it.told("create", "warm", "--pid", str(one.pid))
-        one.process.wait(10)
+        one.process.wait(30)
         back = it.told("restore", "warm")
         assert back["memory"] is None
         assert shared_kib(one.pid) < before * 1.2
         assert one.ask() == "again"
+
+
+WAITS = """
+import os, time
+if os.path.exists(os.environ["HELD"]):
+    from checkpoint.snapshots import Snapshot
+    verify = Snapshot.verify
+    def slow(self, names=None, stopping=None):
+        while stopping is not None and os.path.exists(os.environ["HELD"]) and not stopping.wait(0.01):
+            pass
+        return verify(self, names, stopping)
+    Snapshot.verify = slow
+"""
+"""What is verified while the restore goes on is not before the file is gone."""
+
+
+def flip(it: Commands) -> str:
+    """Change one byte in the middle of the largest image; gives its path."""
+    images = os.path.join(it.store, "warm", "images")
+    path = max((entry.path for entry in os.scandir(images)), key=os.path.getsize)
+    with open(path, "r+b") as file:
+        file.seek(os.path.getsize(path) // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    return path
+
+
+@pytest.mark.parametrize("options", [[], ["--plain"]], ids=["page server", "plain"])
+def test_a_flipped_byte_in_memory_is_never_run(options: list[str], it: Commands, hasher: tuple[Target, str]) -> None:
+    one, _ = hasher
+    path = flip(it)
+    assert os.path.basename(path).startswith("pages-")
+    error = it.refused("restore", "warm", *options, code=4)
+    assert error["path"] == path
+    wait_until(lambda: is_gone(one.pid), "nothing that was restored is left")
+    assert it.told("recover")["recovered"] == []
+
+
+def test_unverified_it_is_run(it: Commands, hasher: tuple[Target, str]) -> None:
+    one, _ = hasher
+    flip(it)
+    assert it.told("restore", "warm", "--no-verify")["verified"] is None
+    assert start_ticks(one.pid) is not None
+
+
+@pytest.mark.parametrize("is_damaged", [False, True], ids=["sound", "damaged"])
+def test_nothing_is_let_go_before_all_is_verified(
+    is_damaged: bool, tmp_path: Path, it: Commands, hasher: tuple[Target, str]
+) -> None:
+    one, before = hasher
+    (tmp_path / "sitecustomize.py").write_text(WAITS)
+    (tmp_path / "held").touch()
+    if is_damaged:
+        flip(it)
+    with it.start("restore", "warm") as command:
+        wait_until(lambda: start_ticks(one.pid) is not None and process(one.pid).state == "T", "it is there, stopped")
+        assert command.poll() is None
+        assert process(one.pid).state == "T"
+        os.unlink(tmp_path / "held")
+        command.communicate(timeout=30)
+    assert command.returncode == (4 if is_damaged else 0)
+    if is_damaged:
+        wait_until(lambda: is_gone(one.pid), "nothing that was restored is left")
+    else:
+        assert one.ask() == before
+
+
+def test_a_command_that_is_told_to_end_does_not_wait_for_the_verification(
+    tmp_path: Path, it: Commands, hasher: tuple[Target, str]
+) -> None:
+    one, _ = hasher
+    (tmp_path / "sitecustomize.py").write_text(WAITS)
+    (tmp_path / "held").touch()
+    with it.start("restore", "warm") as command:
+        wait_until(lambda: start_ticks(one.pid) is not None and process(one.pid).state == "T", "it is there, stopped")
+        command.send_signal(signal.SIGTERM)
+        command.communicate(timeout=30)
+    assert command.returncode == 128 + signal.SIGTERM
+    wait_until(lambda: is_gone(one.pid), "nothing that was restored is left")
+
+
+def test_phases_are_all_of_the_time(it: Commands, hasher: tuple[Target, str]) -> None:
+    _, _ = hasher
+    started = time.monotonic()
+    back = it.told("restore", "warm")
+    took = time.monotonic() - started
+    spent = back["phases"]
+    assert next(iter(spent)) == "start"
+    assert list(spent)[-1] == "other"
+    assert took - 0.5 < sum(spent.values()) < took + 0.02
+    assert back["verified"]["nbytes"] == back["bytes"]["logical"]

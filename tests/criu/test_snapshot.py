@@ -60,7 +60,7 @@ def test_a_server_that_runs(it: Bench) -> None:
         before = it.ask()
         made = it.told("create", "warm", "--pid", str(server.pid))
         assert made["pid"] == server.pid
-        assert server.wait(10) == -signal.SIGKILL
+        assert server.wait(30) == -signal.SIGKILL
         assert restored(it) == server.pid
         after = it.ask()
     same = ("weights", "heap", "pid", "threads")
@@ -107,7 +107,7 @@ def test_ended_processes_that_were_restored_free_their_pids(it: Bench) -> None:
 def test_the_mount_was_made_anew(it: Bench) -> None:
     created(it)
     assert it.mount.umount().returncode == 0
-    assert it.mount.supervisor.has_ended(10)
+    assert it.mount.supervisor.has_ended(20)
     error = it.refused("restore", "warm", code=3)
     assert it.mount.mountpoint in f"{error['message']} {error['path']} {error['mend']}"
     it.mounter(it.mount.source, at=it.mount.mountpoint)
@@ -196,7 +196,7 @@ def test_its_own_log_where_none_is_named(it: Bench, tmp_path: Path) -> None:
     own = str(tmp_path / "own.log")
     with it.server(log=own) as server:
         it.told("create", "warm", "--pid", str(server.pid))
-        server.wait(10)
+        server.wait(30)
         done = it.run("restore", "warm", "--wait-url", it.url + "health", "--log", own)
         assert done.returncode == 0, done.stderr
         assert Path(own).read_text().count("served /health") >= 2
@@ -207,7 +207,7 @@ def test_hooks(it: Bench) -> None:
     it.note(made["pid"])
     from tests.helpers.mounting import wait_until
 
-    wait_until(it.answers, "the original answers", timeout_s=20)
+    wait_until(it.answers, "the original answers")
     original = it.ask()
     assert (original["outcome"], original["reseeded"]) == ("continued", 0.0)
     assert "before the snapshot" in it.log_text()

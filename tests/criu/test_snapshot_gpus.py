@@ -47,11 +47,7 @@ class Snapshot:
 def snapshot(tmp_path: Path) -> Iterator[Snapshot]:
     world = World.new(tmp_path / "world.json")
     commands = Commands(tmp_path)
-    commands.env |= {
-        "JOURNALS": str(tmp_path / "journals"),
-        "PYTHONPATH": os.getcwd(),
-        FILE_VARIABLE: str(world.path),
-    }
+    commands.env |= {"PYTHONPATH": os.getcwd(), FILE_VARIABLE: str(world.path)}
     commands.program = [sys.executable, "-m", "tests.helpers.stopping", "none", "kill"]
     try:
         with target(COUNTER, tmp_path) as one:

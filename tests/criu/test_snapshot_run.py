@@ -147,7 +147,7 @@ def test_killing_the_parent_ends_a_restored_process_and_a_cold_one(snapshotted: 
             started = start_ticks(root)
             assert started is not None
             one.process.kill()
-            one.process.wait(10)
+            one.process.wait(30)
             wait_until(functools.partial(is_gone, root, started), "it ends, too")
 
 
@@ -249,6 +249,7 @@ def test_as_systemd_starts_it(service: Service) -> None:
         assert log.rstrip().endswith(b"asked to end"), "what it wrote last is passed on"
 
 
+@pytest.mark.alone
 def test_as_pid_1_it_waits_for_orphans_and_comes_back(service: Service) -> None:
     """Every start of a container has its own pid namespace, with the low pids taken by the start itself."""
     unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]

@@ -23,6 +23,9 @@ from weightfs.index.store import IndexStore
 from weightfs.source.base import WouldBlockError
 from weightfs.source.local import LocalSource
 
+DEADLINE_S = 1.0
+"""Also of requests that nothing holds up, on a machine that others use, too."""
+
 
 class TroubledSource(LocalSource):
     """A folder that, once `trouble` is set, calls it instead of answering; never answers without waiting."""
@@ -120,7 +123,7 @@ def rig(parts: tuple[TroubledSource, IndexStore]) -> Iterator[Rig]:
     source, index = parts
     handles = HandleTable()
     texts: dict[bytes, Callable[[], bytes]] = {b"status.json": lambda: b"{}"}
-    filesystem = Filesystem(source, index, handles, texts, FilesystemConfig(deadline_s=0.3, threads=4))
+    filesystem = Filesystem(source, index, handles, texts, FilesystemConfig(deadline_s=DEADLINE_S, threads=4))
     yield Rig(source, filesystem, handles)
     source.trouble = None
     handles.close()
@@ -138,7 +141,7 @@ def answer(rig: Rig, call: str, trouble: Callable[[], object]) -> BaseException 
     async def main() -> BaseException | None:
         await rig.look_up_all()
         rig.source.trouble = trouble
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             try:
                 await rig.calls()[call]()
             except Exception as e:  # noqa: BLE001 - which one is the question
@@ -182,10 +185,10 @@ def test_only_fuse_errors_leave_a_handler(rig: Rig, call: str, error: Exception,
 
 @pytest.mark.parametrize("call", CALLS)
 def test_stalled_source_answers_at_the_deadline(rig: Rig, call: str) -> None:
-    """EIO after 0.3 s; the thread that waits is left behind, the next request is served when the source is back."""
+    """EIO at the deadline; the thread that waits is left behind, the next request is served when the source is back."""
     go = threading.Event()
     try:
-        left = answer(rig, call, lambda: go.wait(10))
+        left = answer(rig, call, lambda: go.wait(30))
     finally:
         go.set()
     assert isinstance(left, pyfuse3.FUSEError)
@@ -193,7 +196,7 @@ def test_stalled_source_answers_at_the_deadline(rig: Rig, call: str) -> None:
     rig.source.trouble = None
 
     async def again() -> None:
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             await rig.calls()[call]()
 
     if "xattr" not in call:
@@ -206,7 +209,7 @@ def test_more_stalled_calls_than_threads(rig: Rig) -> None:
 
     async def main() -> list[int]:
         await rig.look_up_all()
-        rig.source.trouble = lambda: go.wait(10)
+        rig.source.trouble = lambda: go.wait(30)
         failed: list[int] = []
 
         async def one() -> None:
@@ -218,10 +221,10 @@ def test_more_stalled_calls_than_threads(rig: Rig) -> None:
         async with trio.open_nursery() as nursery:
             for _ in range(20):
                 nursery.start_soon(one)
-        assert trio.current_time() - started < 3
+        assert trio.current_time() - started < 10
         go.set()
         rig.source.trouble = None
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             assert (await rig.filesystem.getattr(rig.numbers["file"])).size == 7
         return failed
 
@@ -237,7 +240,7 @@ def test_cancelled_stays_cancelled(rig: Rig) -> None:
 
     async def main() -> bool:
         await rig.look_up_all()
-        rig.source.trouble = lambda: go.wait(10)
+        rig.source.trouble = lambda: go.wait(30)
         with trio.move_on_after(0.05) as scope:
             await rig.calls()["getattr"]()
         return scope.cancelled_caught

@@ -26,7 +26,7 @@ from tests.helpers.cuda_bench import DoubleBench, double_bench
 from tests.helpers.cuda_double import UUID, Deed, World
 
 SECOND = "GPU-22222222-2222-3333-4444-555555555555"
-SHORT = Deadlines(open_s=30.0, ask_s=1.5, move_s=1.5, lock_s=0.5, margin_s=1.0)
+SHORT = Deadlines(open_s=60.0, ask_s=3.0, move_s=3.0, lock_s=1.0, margin_s=2.0)
 
 
 @pytest.fixture
@@ -123,6 +123,29 @@ def test_a_step_that_fails_for_one_is_undone_for_all(
     assert bench.world.states() == dict.fromkeys(pids, step.after)
 
 
+@pytest.mark.parametrize("step", [Step.CHECKPOINT, Step.RESTORE])
+def test_a_call_that_goes_on_without_its_helper_is_waited_for_and_undone(bench: DoubleBench, step: Step) -> None:
+    """For longer than a question may take else: 80 GB take a minute."""
+    pids = bench.pids(2)
+    bring(bench.world, pids, step.before)
+    bench.world.fail(step.value, "die_amid", pid=pids[1], seconds=2.0)
+    with bench.cuda(Deadlines(open_s=30.0, ask_s=1.0, move_s=20.0, lock_s=2.0, margin_s=5.0)) as cuda:
+        with pytest.raises(CudaError, match="helper process is gone") as caught:
+            take(cuda, step, pids)
+        assert caught.value.stuck == {}
+        assert bench.world.states() == dict.fromkeys(pids, step.before)
+        assert len(bench.world.helpers()) == 2
+
+
+def test_what_a_killed_command_left_amid_a_call_is_settled(bench: DoubleBench) -> None:
+    (pid,) = bench.pids(1)
+    bring(bench.world, [pid], State.CHECKPOINTED)
+    bench.world.set(pid, until=time.monotonic() + 2.0)
+    with bench.cuda(Deadlines(open_s=30.0, ask_s=1.0, move_s=20.0, lock_s=2.0, margin_s=5.0)) as cuda:
+        cuda.settle({pid: State.RUNNING})
+    assert bench.world.states() == {pid: State.RUNNING}
+
+
 @pytest.mark.parametrize("deed", ["hang", "hang_after"])
 @pytest.mark.parametrize("step", [Step.LOCK, Step.CHECKPOINT, Step.RESTORE])
 def test_a_step_that_hangs_is_given_up_and_undone(bench: DoubleBench, step: Step, deed: Deed) -> None:
@@ -134,7 +157,7 @@ def test_a_step_that_hangs_is_given_up_and_undone(bench: DoubleBench, step: Step
         with pytest.raises(CudaError, match="did not answer"):
             # The lock's own timeout does not save us: this driver does not keep it.
             cuda.lock_all(pids, 0.2) if step is Step.LOCK else take(cuda, step, pids)
-        assert time.monotonic() - started < 12
+        assert time.monotonic() - started < 30
         assert bench.world.states() == dict.fromkeys(pids, step.before)
         hung = bench.world.helpers()[0]
         assert not os.path.exists(f"/proc/{hung}")
@@ -209,7 +232,7 @@ def test_a_busy_process_is_worth_another_try_and_all_run_on(bench: DoubleBench, 
     started = time.monotonic()
     with pytest.raises(RetryError, match=f"process {pids[2]} did not come to rest"):
         cuda.lock_all(pids, 0.3)
-    assert 0.25 < time.monotonic() - started < 5
+    assert 0.25 < time.monotonic() - started < 20
     assert bench.world.states() == dict.fromkeys(pids, State.RUNNING)
     bench.world.set(pids[2], busy=False)
     cuda.lock_all(pids, 5.0)
@@ -435,7 +458,7 @@ class TestHelper:
         cuda = bench.cuda()
         started = time.monotonic()
         cuda.close()
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 20, "and opening may take 120 s"
 
     def test_one_that_hangs_does_not_hold_up_the_end(self, bench: DoubleBench) -> None:
         pid = bench.pids(1)[0]
@@ -449,7 +472,7 @@ class TestHelper:
         interrupt.join()
         started = time.monotonic()
         cuda.close()
-        assert time.monotonic() - started < 5.0
+        assert time.monotonic() - started < 20
         assert not os.path.exists(f"/proc/{bench.world.helpers()[0]}")
 
     def test_it_prints_nothing_where_our_document_goes(self, bench: DoubleBench) -> None:

@@ -16,6 +16,7 @@ from prefetch.residency import resident_bytes
 from tests.helpers.failing_source import FailingSource, failing
 from tests.helpers.models import model_tensors, write, write_safetensors
 from tests.helpers.mounting import Mount, Mounter, errno_from, wait_until, weightfs, within
+from tests.helpers.versions import make_version
 from weightfs.index.history import History
 from weightfs.index.store import IndexStore
 
@@ -49,7 +50,7 @@ def begin(mount: Mount, name: str) -> None:
 
 
 def prefetch(mount: Mount) -> dict[str, Any]:
-    return dict(within(5, mount.live)["prefetch"])
+    return dict(within(20, mount.live)["prefetch"])
 
 
 def progress(mount: Mount) -> dict[str, float]:
@@ -83,23 +84,39 @@ def test_a_device_that_fails_ends_one_prefetch(source: FailingSource, mounter: M
     assert prefetch(mount)["failed"] == []
 
 
-def test_a_device_that_stands_still_ends_one_prefetch(source: FailingSource, mounter: Mounter) -> None:
-    mount = mounter(source.folder)
+STALLED_S = 8.0
+IMPATIENT = {
+    "service.py": [
+        (
+            "from prefetch.budget import",
+            f"import prefetch.scheduler as _\n_.STALLED_S = {STALLED_S}\nfrom prefetch.budget import",
+        )
+    ]
+}
+"""Edits that have a daemon give up sooner than after 30 s."""
+
+
+def test_a_device_that_stands_still_ends_one_prefetch(
+    source: FailingSource, mounter: Mounter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as during:
+        during.setenv("PYTHONPATH", make_version(f"{tmp_path}/impatient", IMPATIENT))
+        mount = mounter(source.folder)
     source.order({f"a/{WEIGHTS}": [(20 * MIB, 20 * MIB + 4096, "hang")]})
     began = time.monotonic()
     begin(mount, "a")
-    wait_until(lambda: progress(mount).get("a/model", 0) > 0.5, "what can be read is read", timeout_s=20)
+    wait_until(lambda: progress(mount).get("a/model", 0) > 0.5, "what can be read is read")
     assert warm(mount, "b")[1]["failure"] is None, "while the other stands still"
     (failed,) = wait_until(lambda: prefetch(mount)["failed"], "it is given up", timeout_s=40)
-    assert time.monotonic() - began >= 25
+    assert time.monotonic() - began >= STALLED_S - 0.5
     assert "the source does not answer" in failed["failure"]
     assert prefetch(mount)["active"] == []
-    assert within(1, lambda: sorted(os.listdir(mount.mountpoint))) == ["a", "b"]
+    assert within(20, lambda: sorted(os.listdir(mount.mountpoint))) == ["a", "b"]
     status, said = warm(mount, "a")
     assert status == 1, "nobody waits for it"
     assert "the source does not answer" in said["failure"]
     source.order()
-    wait_until(lambda: warm(mount, "a")[0] == 0, "it goes on when the source does", timeout_s=20)
+    wait_until(lambda: warm(mount, "a")[0] == 0, "it goes on when the source does")
 
 
 def write_large(path: str, layers: int, layer_bytes: int) -> None:
@@ -155,7 +172,7 @@ def test_what_is_foretold_gives_way_and_goes_on(source: FailingSource, mounter: 
     wait_until(lambda: 0 < progress(mount).get("a/model", 0) < 0.5, "a is being read")
     begin(mount, "b")
     wait_until(lambda: "b/model" in progress(mount), "b is being read")
-    wait_until(lambda: progress(mount).keys() <= {"b/model"}, "a has given way", timeout_s=1)
+    wait_until(lambda: progress(mount).keys() <= {"b/model"}, "a has given way")
 
     def outcome() -> str | None:
         (load,) = [one for one in mount.control("timeline")["loads"] if one["model"] == "a/model"]
@@ -164,9 +181,9 @@ def test_what_is_foretold_gives_way_and_goes_on(source: FailingSource, mounter: 
 
     assert wait_until(outcome, "its last reads end") == "memory was short, or somebody wanted a model"
     source.order()
-    wait_until(lambda: not progress(mount), "b has been read", timeout_s=20)
+    wait_until(lambda: not progress(mount), "b has been read")
 
-    wait_until(lambda: in_memory(source, "a") >= WHOLE, "a goes on", timeout_s=20)
+    wait_until(lambda: in_memory(source, "a") >= WHOLE, "a goes on")
     assert prefetch(mount)["failed"] == []
 
 
@@ -178,6 +195,6 @@ def test_a_successor_foretells_the_same(source: FailingSource, mounter: Mounter,
     wait_until(lambda: progress(mount).get("a/model", 0) > 0, "a is being read")
     dead = mount.kill_daemon()
     wait_until(lambda: mount.daemon_pid() != dead, "a successor serves")
-    wait_until(lambda: progress(mount).get("a/model", 0) > 0, "it reads a", timeout_s=20)
+    wait_until(lambda: progress(mount).get("a/model", 0) > 0, "it reads a")
     source.order()
-    wait_until(lambda: in_memory(source, "a") >= WHOLE, "it has read a", timeout_s=20)
+    wait_until(lambda: in_memory(source, "a") >= WHOLE, "it has read a")

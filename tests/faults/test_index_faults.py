@@ -174,7 +174,7 @@ def test_killed_daemon_leaves_a_good_index(source: str, mounter: Mounter, tmp_pa
         assert number not in given
         given.add(number)
         mount.supervisor.signal(signal.SIGKILL)
-        assert mount.supervisor.has_ended(5)
+        assert mount.supervisor.has_ended(20)
         os.unlink(path)
         mount.__exit__(None, None, None)
 

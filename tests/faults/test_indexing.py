@@ -39,10 +39,10 @@ def test_a_crawl_that_is_killed_goes_on_at_the_next(library: str, tmp_path: Path
     before = set(os.listdir("/proc/self/fd"))
     crawling = threading.Thread(target=indexer.crawl)
     crawling.start()
-    wait_until(lambda: indexer.status()["headers"] > 50, "the first headers", timeout_s=20)
+    wait_until(lambda: indexer.status()["headers"] > 50, "the first headers")
     assert indexer._process is not None
     indexer._process.send_signal(signal.SIGKILL)
-    crawling.join(10)
+    crawling.join(20)
     first = indexer.status()
     assert first["done"]
     assert first["failure"] == "the crawl ended before it was done"
@@ -63,9 +63,9 @@ def test_stopping_ends_the_process_and_lets_none_begin(library: str, tmp_path: P
     indexer = Indexer(source, index, HandleTable(), Tree(index, source.lstat(b"").inode_key))
     crawling = threading.Thread(target=indexer.crawl)
     crawling.start()
-    wait_until(lambda: indexer.status()["headers"], "the first headers", timeout_s=20)
+    wait_until(lambda: indexer.status()["headers"], "the first headers")
     indexer.stop()
-    crawling.join(5)
+    crawling.join(20)
     assert not crawling.is_alive()
     done = indexer.status()
     indexer.crawl()
@@ -150,7 +150,7 @@ def test_a_daemon_killed_while_it_indexes(library: str, mounter: Mounter, tmp_pa
         return dict(mount.live()["indexing"])
 
     mount = mounter(library, state_dir=state)
-    wait_until(lambda: progress()["headers"] > 20, "the first headers", timeout_s=20)
+    wait_until(lambda: progress()["headers"] > 20, "the first headers")
     crawls = [os.pidfd_open(pid) for pid in children_of(mount.daemon_pid())]
     assert crawls, "indexing is a process"
     mount.kill_all()

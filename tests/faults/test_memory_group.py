@@ -118,7 +118,7 @@ print(json.dumps({"kind": reason and reason.kind, "detail": reason and reason.de
     assert found["kind"] == "limit", found
     assert group.path in str(found["detail"])
     assert isinstance(found["after_s"], float)
-    assert found["after_s"] < 1
+    assert found["after_s"] < 3, "a second, on a machine of its own"
 
 
 THRASH = """

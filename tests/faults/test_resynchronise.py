@@ -20,7 +20,7 @@ import pytest
 from tests.helpers.models import write
 from tests.helpers.mounting import Daemon, Mount, Mounter, both_engines, wait_until
 
-SOON_S = 3.0
+SOON_S = 20.0
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def unwatched(mount: Mount) -> Iterator[None]:
     mount.supervisor.signal(signal.SIGSTOP)
     try:
         daemon.signal(signal.SIGKILL)
-        assert daemon.has_ended(5)
+        assert daemon.has_ended(20)
         daemon.close()
         yield
     finally:

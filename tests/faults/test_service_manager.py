@@ -89,7 +89,7 @@ class Manager:
     def end(self, number: signal.Signals = signal.SIGTERM) -> None:
         assert self.service is not None
         self.service.send_signal(number)
-        self.service.wait(10)
+        self.service.wait(30)
 
     def log(self) -> str:
         with open(self._log) as log:
@@ -103,10 +103,10 @@ class Manager:
     ) -> None:
         if self.service is not None and self.service.poll() is None:
             self.service.kill()
-            self.service.wait(10)
+            self.service.wait(30)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as outlet:
             outlet.sendto(b"END=1", self._address)
-        self._thread.join(5)
+        self._thread.join(20)
         self._socket.close()
         for fd in self.store.values():
             os.close(fd)
@@ -161,9 +161,9 @@ def test_no_request_fails(place: str, manager: Manager, number: signal.Signals) 
         assert mounts_below(mountpoint) == [mountpoint]
         waiting = pool.submit(read, f"{mountpoint}/other")
         manager.start()
-        assert waiting.result(10) == b"other"
+        assert waiting.result(60) == b"other"
         os.posix_fadvise(held.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        assert within(10, lambda: os.pread(held.fileno(), len(DATA), 0)) == DATA
+        assert within(20, lambda: os.pread(held.fileno(), len(DATA), 0)) == DATA
         assert manager.service is not None
         assert live(mountpoint)["supervisor_pid"] == manager.service.pid
     wait_until(lambda: live(mountpoint)["open_inodes"] == 1, "the handle is given back")
@@ -177,7 +177,7 @@ def test_stop_unmounts(place: str, manager: Manager, busy: bool) -> None:
     umount_if_stopping(place, "stop")
     assert mounts_below(mountpoint) == []
     manager.end()
-    assert within(5, lambda: os.listdir(mountpoint)) == []
+    assert within(20, lambda: os.listdir(mountpoint)) == []
     wait_until(lambda: not manager.store, "nothing is kept")
     if busy:
         os.close(held)

@@ -27,7 +27,7 @@ from tests.helpers.mounting import (
 )
 from tests.helpers.versions import make_version
 
-DEADLINE_S = 3.0
+DEADLINE_S = 5.0
 SLEEPS = {
     "source/local.py": [
         ("        return self._openat(folder_fd, name, _PATH_ONLY, cached_only)\n",
@@ -107,18 +107,19 @@ def test_others_go_on(sleepy: Sleepy, request: pytest.FixtureRequest) -> None:
     write(f"{source}/folder/other", b"longer")
     os.unlink(f"{source}/second/file")
     write(f"{source}/second/other", b"longer")
-    wait_until(lambda: not os.path.exists(f"{at}/second/file"), "a name elsewhere", timeout_s=1)
-    wait_until(lambda: os.stat(f"{at}/second/other").st_size == 6, "attributes elsewhere", timeout_s=1)
-    assert within(1, lambda: sorted(os.listdir(f"{at}/second"))) == ["other", "unseen"]
+    wait_until(lambda: not os.path.exists(f"{at}/second/file"), "a name elsewhere")
+    wait_until(lambda: os.stat(f"{at}/second/other").st_size == 6, "attributes elsewhere")
+    assert within(20, lambda: sorted(os.listdir(f"{at}/second"))) == ["other", "unseen"]
     if "passed over" in request.node.name:
-        assert within(1, lambda: os.stat(f"{at}/folder/unseen")).st_size == 1
-        wait_until(lambda: os.stat(f"{at}/folder/other").st_size == 6, "attributes in that folder", timeout_s=1)
+        assert within(20, lambda: os.stat(f"{at}/folder/unseen")).st_size == 1
+        wait_until(lambda: os.stat(f"{at}/folder/other").st_size == 6, "attributes in that folder")
+    assert not sleepy.failed, "all this while it slept"
     number, seconds = sleepy.wake()
     assert number == errno.EIO
-    assert DEADLINE_S - 0.5 < seconds < DEADLINE_S + 2
-    wait_until(lambda: not os.path.exists(f"{at}/folder/file"), "the name", timeout_s=1)
-    assert within(1, lambda: os.stat(f"{at}/folder/other")).st_size == 6
-    assert within(1, lambda: os.stat(f"{at}/folder/unseen")).st_size == 1
+    assert DEADLINE_S - 0.5 < seconds < DEADLINE_S + 10
+    wait_until(lambda: not os.path.exists(f"{at}/folder/file"), "the name")
+    assert within(20, lambda: os.stat(f"{at}/folder/other")).st_size == 6
+    assert within(20, lambda: os.stat(f"{at}/folder/unseen")).st_size == 1
 
 
 @ways
@@ -128,7 +129,7 @@ def test_it_ends(sleepy: Sleepy) -> None:
     os.unlink(f"{sleepy.source}/folder/file")
     time.sleep(0.2)  # nothing tells that a thread waits in the kernel
     sleepy.mount.supervisor.signal(signal.SIGTERM)
-    assert sleepy.mount.supervisor.has_ended(5)
+    assert sleepy.mount.supervisor.has_ended(20)
     assert sleepy.wake()[0] in (errno.EIO, errno.ENOTCONN, errno.ECONNABORTED)
     assert mounts_below(sleepy.mountpoint) == []
 
@@ -142,10 +143,10 @@ def test_a_killed_daemon_is_followed_at_once(sleepy: Sleepy) -> None:
     daemon = Daemon(sleepy.mount.daemon_pid())
     daemon.signal(signal.SIGKILL)
     started = time.monotonic()
-    assert within(5, lambda: os.listdir(f"{sleepy.mountpoint}/second")) == os.listdir(f"{sleepy.source}/second")
+    assert within(20, lambda: os.listdir(f"{sleepy.mountpoint}/second")) == os.listdir(f"{sleepy.source}/second")
     assert sleepy.mount.daemon_pid() != daemon.pid
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < DEADLINE_S
     assert sleepy.wake()[0] == errno.EIO
-    wait_until(lambda: not os.path.exists(f"{sleepy.mountpoint}/folder/file"), "the name", timeout_s=2)
-    assert daemon.has_ended(2)
+    wait_until(lambda: not os.path.exists(f"{sleepy.mountpoint}/folder/file"), "the name")
+    assert daemon.has_ended(20)
     daemon.close()

@@ -71,9 +71,7 @@ def children(pid: int) -> list[int]:
 def standby(mount: Mount) -> int:
     """The pid of the daemon that waits; waits for one."""
     serving = mount.daemon_pid()
-    return wait_until(
-        lambda: next((pid for pid in children(mount.supervisor.pid) if pid != serving), 0), "a standby", timeout_s=10
-    )
+    return wait_until(lambda: next((pid for pid in children(mount.supervisor.pid) if pid != serving), 0), "a standby")
 
 
 def waits(thread_id: int) -> str:
@@ -91,7 +89,7 @@ def test_killed_under_load(tmp_path: Path, mounter: Mounter, engine: str) -> Non
         for deaths in range(1, 5):
             standby(mount)
             mount.kill_daemon()
-            wait_until(lambda deaths=deaths: mount.live()["deaths"] == deaths, "the next serves", timeout_s=10)  # type: ignore[misc]
+            wait_until(lambda deaths=deaths: mount.live()["deaths"] == deaths, "the next serves")  # type: ignore[misc]
     load.must_be_spotless(SLOWEST_S)
     # What the threads had open is closed: the state is the one file that is open.
     wait_until(lambda: Footprint.of(mount.mountpoint).open_inodes == 1, "handles are given back")
@@ -106,11 +104,11 @@ def test_unlinked_file_outlives_its_daemon(source: str, mounter: Mounter, engine
         with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as mapped:
             for _ in range(2):
                 mount.kill_daemon()
-                assert within(10, lambda: pread_uncached(fd, len(DATA), 0)) == DATA
-                assert within(10, lambda: mapped[1_000_000:]) == DATA[1_000_000:]
-                wait_until(lambda: within(10, lambda: os.fstat(fd)).st_nlink == 0, "its name is gone")
+                assert within(20, lambda: pread_uncached(fd, len(DATA), 0)) == DATA
+                assert within(20, lambda: mapped[1_000_000:]) == DATA[1_000_000:]
+                wait_until(lambda: within(20, lambda: os.fstat(fd)).st_nlink == 0, "its name is gone")
                 assert os.fstat(fd).st_size == len(DATA)
-        with within(10, lambda: mmap.mmap(fd, 0, prot=mmap.PROT_READ)) as mapped:
+        with within(20, lambda: mmap.mmap(fd, 0, prot=mmap.PROT_READ)) as mapped:
             assert mapped[:] == DATA
         assert errno_from(lambda: os.stat(mount.path("model/file"))) == errno.ENOENT
 
@@ -124,7 +122,7 @@ def test_open_view_outlives_its_daemon(source: str, mounter: Mounter, engine: st
         with open(path, "rb", buffering=0) as held:
             before = os.fstat(held.fileno())
             mount.kill_daemon()
-            assert within(10, lambda: pread_uncached(held.fileno(), 1 << 20, 0)).endswith(TENSORS["t.F64"].data)
+            assert within(20, lambda: pread_uncached(held.fileno(), 1 << 20, 0)).endswith(TENSORS["t.F64"].data)
             assert os.fstat(held.fileno()).st_ino == before.st_ino
             assert os.stat(path).st_ino == before.st_ino
 
@@ -203,7 +201,7 @@ def test_request_under_way_is_answered(mortal: Mortal) -> None:
             if point == "read-44":
                 write(f"{mount.source}/model/new", b"")  # the folder's mtime: a listing the kernel keeps is of no use
                 os.unlink(f"{mount.source}/model/new")
-            assert within(10, call), point
+            assert within(20, call), point
             # Where the answer comes before the death, whoever waited for it may be ahead of that.
             wait_until(lambda: mortal.has_died(point), f"the daemon dies at {point}")
     wait_until(lambda: mount.live()["open_inodes"] == 1, "every handle is given back")
@@ -219,8 +217,8 @@ def test_release_under_way(mortal: Mortal) -> None:
         held = os.open(mount.path("model/file"), os.O_RDONLY)
         mortal.dies_at(point)
         os.close(held)
-        wait_until(lambda: mortal.has_died(point), "its death", timeout_s=10)
-        assert within(10, lambda: read(mount.path("model/file"))) == DATA
+        wait_until(lambda: mortal.has_died(point), "its death")
+        assert within(20, lambda: read(mount.path("model/file"))) == DATA
         wait_until(lambda: mount.live()["open_inodes"] == 1, f"{point}: the handle is given back")
         assert len(os.listdir(f"/proc/{mount.supervisor.pid}/fd")) < 25
 
@@ -234,7 +232,7 @@ def test_backing_id_made_and_not_noted(mortal: Mortal, tmp_path: Path) -> None:
     path = write(f"{mount.source}/model/large", bytes(32 << 20))
     mortal.dies_at("backing-made")
     with open(mount.path("model/large"), "rb", buffering=0) as held:
-        assert len(within(10, lambda: held.read(4096))) == 4096
+        assert len(within(20, lambda: held.read(4096))) == 4096
     assert mortal.has_died("backing-made")
     before = os.statvfs(mount.source).f_bfree
     os.unlink(path)
@@ -261,7 +259,7 @@ def test_poison(mortal: Mortal, pool: ThreadPoolExecutor) -> None:
     assert errno_from(lambda: os.stat(mount.path("poison"))) == errno.EIO
     seen = mount.live()
     ends.set()
-    assert going.result(10) > 0
+    assert going.result(60) > 0
     assert (seen["deaths"], seen["requests_poisoned"]) == (2, 1)
     os.unlink(mortal.point("poison"))
     assert errno_from(lambda: os.stat(mount.path("poison"))) == errno.ENOENT
@@ -275,16 +273,16 @@ def test_daemons_that_die_at_once(mortal: Mortal, pool: ThreadPoolExecutor) -> N
     write(mortal.point("begin"), b"")
     mount.kill_daemon()
     waiting = pool.submit(read, mount.path("model/file"))
-    wait_until(lambda: "daemons died young: the next goes in 0.4" in mount.log_text(), "deaths in a row", timeout_s=20)
+    wait_until(lambda: "daemons died young: the next goes in 0.4" in mount.log_text(), "deaths in a row")
     spent = cpu_s(mount.supervisor.pid)
     started = time.monotonic()
-    wait_until(lambda: "the next goes in 0.8" in mount.log_text(), "one more", timeout_s=20)
+    wait_until(lambda: "the next goes in 0.8" in mount.log_text(), "one more")
     assert cpu_s(mount.supervisor.pid) - spent < 0.2 * (time.monotonic() - started) + 0.1
     assert mounts_below(mount.mountpoint) == [mount.mountpoint]
     assert not mount.supervisor.has_ended()
     assert not waiting.done()
     os.unlink(mortal.point("begin"))
-    assert waiting.result(15) == DATA
+    assert waiting.result(60) == DATA
     assert pread_uncached(held, len(DATA), 0) == DATA
     os.close(held)
 
@@ -307,7 +305,7 @@ def test_daemon_that_stands_still(
     daemon = Daemon(before)
     daemon.signal(signal.SIGSTOP)
     assert within(20, lambda: read(mount.path("model/file"))) == DATA
-    assert daemon.has_ended(5)
+    assert daemon.has_ended(20)
     daemon.close()
     seen = mount.live()
     assert (seen["deaths"], seen["daemon_pid"] != before) == (1, True)
@@ -326,7 +324,7 @@ def test_request_that_a_stopped_daemon_never_read(source: str, mounter: Mounter,
     asking = [pool.submit(ask) for _ in range(3)]
     wait_until(lambda: "request_wait_answer" in map(waits, threads), "one is under way, which the others wait for")
     daemon.signal(signal.SIGKILL)
-    assert [one.result(10) for one in asking] == 3 * [DATA]
+    assert [one.result(60) for one in asking] == 3 * [DATA]
     daemon.close()
 
 
@@ -335,10 +333,10 @@ def test_sigterm_to_the_daemon_hands_over(source: str, mounter: Mounter) -> None
     before = mount.daemon_pid()
     with open(mount.path("model/file"), "rb", buffering=0) as held:
         os.kill(before, signal.SIGTERM)
-        assert within(10, lambda: pread_uncached(held.fileno(), len(DATA), 0)) == DATA
+        assert within(20, lambda: pread_uncached(held.fileno(), len(DATA), 0)) == DATA
         wait_until(lambda: mount.daemon_pid() != before, "another one serves")
         assert mount.live()["deaths"] == 0
-        assert within(10, lambda: pread_uncached(held.fileno(), len(DATA), 0)) == DATA
+        assert within(20, lambda: pread_uncached(held.fileno(), len(DATA), 0)) == DATA
 
 
 @both_engines
@@ -348,12 +346,12 @@ def test_killed_supervisor_takes_the_mount_away(source: str, mounter: Mounter, e
     with open(mount.path("model/file"), "rb", buffering=0) as held:
         mount.supervisor.signal(signal.SIGKILL)
         wait_until(lambda: not mounts_below(mount.mountpoint), "the mount is gone")
-        assert within(5, lambda: os.listdir(mount.mountpoint)) == []
+        assert within(20, lambda: os.listdir(mount.mountpoint)) == []
         again = mounter(source, engine, at=mount.mountpoint, state_dir=mount.state_dir)
-        assert within(5, lambda: read(again.path("model/file"))) == DATA
+        assert within(20, lambda: read(again.path("model/file"))) == DATA
         errno_from(lambda: os.pread(held.fileno(), 4096, 0))  # an answer, whichever: a hang would fail
     for process in (daemon, spare):
-        assert process.has_ended(5)
+        assert process.has_ended(20)
         process.close()
 
 
@@ -361,11 +359,11 @@ def test_killed_standby_is_followed(source: str, mounter: Mounter) -> None:
     mount = mounter(source)
     serving, spare = mount.daemon_pid(), Daemon(standby(mount))
     spare.signal(signal.SIGKILL)
-    assert spare.has_ended(5)
+    assert spare.has_ended(20)
     spare.close()
     assert mount.daemon_pid() == serving
     mount.kill_daemon()  # with nobody in reserve
-    assert within(10, lambda: read(mount.path("model/file"))) == DATA
+    assert within(20, lambda: read(mount.path("model/file"))) == DATA
     assert mount.live()["deaths"] == 1
 
 

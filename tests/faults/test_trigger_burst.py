@@ -69,14 +69,14 @@ def test_others_are_answered_and_every_model_is_read(tmp_path: Path, mounter: Mo
             slowest_s = max(slowest_s, time.monotonic() - at)
             assert at - began < 60
         took_s = time.monotonic() - began
-    wait_until(lambda: not prefetch(mount)["active"], "prefetch ends", timeout_s=20)
+    wait_until(lambda: not prefetch(mount)["active"], "prefetch ends")
     state = prefetch(mount)
     print(f"{state['triggers']} triggers in {took_s:.2f} s, {state['coalesced']} coalesced, slowest {slowest_s:.3f} s")
     assert state["triggers"] == PROCESSES * EACH + 1
     assert state["coalesced"] >= 0.95 * PROCESSES * EACH
     assert state["wanted"] == MODELS
     assert state["failed"] == []
-    assert slowest_s < 1
+    assert slowest_s < 5
     plans = len(mount.control("timeline")["loads"])
     assert MODELS <= plans <= MODELS * (took_s + 2), "a plan of a model a second at most"
     for path in weights:

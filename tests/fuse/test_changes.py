@@ -12,7 +12,7 @@ import pytest
 from tests.helpers.models import Tensor, model_tensors, tensor, write, write_safetensors
 from tests.helpers.mounting import Mounter, both_engines, refused, tolerating, wait_until, wait_until_settled
 
-FRESH_S = 3.0
+FRESH_S = 20.0
 """Names and attributes may be old for 1 s."""
 
 

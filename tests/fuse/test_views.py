@@ -239,7 +239,7 @@ def test_shards_arrive_one_by_one(tmp_path: Path, mounter: Mounter, engine: str)
             for view in os.listdir(mount.path("model/.tensors", name)):
                 assert read(mount.path("model/.tensors", name, view)) == tensors[view].data
     listing = mount.path("model/.tensors/model")
-    wait_until(lambda: len(os.listdir(listing)) == len(tensors), "all tensors listed", timeout_s=3)
+    wait_until(lambda: len(os.listdir(listing)) == len(tensors), "all tensors listed")
     check_views(mount.path("model"), "model", tensors)
 
 
@@ -253,11 +253,11 @@ def test_download_in_place(tmp_path: Path, mounter: Mounter, engine: str) -> Non
     assert not os.path.exists(mount.path(".tensors/model"))
     with open(f"{tmp_path}/model.safetensors", "ab") as file:
         file.write(data[1000:])
-    wait_until(lambda: os.path.exists(mount.path(".tensors/model/lm_head.weight")), "found by name", timeout_s=3)
-    wait_until(lambda: os.listdir(mount.path(".tensors")) == ["model"], "set listed", timeout_s=3)
+    wait_until(lambda: os.path.exists(mount.path(".tensors/model/lm_head.weight")), "found by name")
+    wait_until(lambda: os.listdir(mount.path(".tensors")) == ["model"], "set listed")
     check_views(mount.mountpoint, "model", model_tensors(2))
     # Other tensors under the same name.
     other = {"only": tensor("F32", (5,), 1)}
     write(f"{tmp_path}/model.safetensors", safetensors_bytes(other))
-    wait_until(lambda: os.listdir(mount.path(".tensors/model")) == ["only"], "new tensors listed", timeout_s=3)
+    wait_until(lambda: os.listdir(mount.path(".tensors/model")) == ["only"], "new tensors listed")
     check_views(mount.mountpoint, "model", other)

@@ -96,7 +96,7 @@ def test_a_private_container_keeps_the_mount_it_started_with(source: str, mounte
         inside = json.loads(box.must("cat", mount.path(".weightfs/status.json")))
         assert inside["supervisor_pid"] == mount.supervisor.pid
         assert again.live()["supervisor_pid"] == again.supervisor.pid
-    assert mount.supervisor.has_ended(5)
+    assert mount.supervisor.has_ended(20)
     assert again.live()["supervisor_pid"] == again.supervisor.pid
     assert again.control("status")["supervisor_pid"] == again.supervisor.pid
 

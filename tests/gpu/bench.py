@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from checkpoint.cuda_channel import Helper
@@ -17,6 +17,9 @@ from checkpoint.cuda_program import Request
 
 CHILD = Path(__file__).with_name("child.py")
 ANSWER_S = 90.0
+"""16 GB read back and compared took 17 s; a machine whose memory is short is slower."""
+END_S = 60.0
+"""The driver may hold a killed process until it has given its GPU memory back; one held longer is a failure."""
 
 
 class Child:
@@ -43,7 +46,7 @@ class Child:
     def end(self) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait()
+        self._process.wait(END_S)
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             pipe.close()
@@ -80,10 +83,11 @@ class RealBench:
         return self.helper().ask(Request(call="devices"), 30).devices[0].free_bytes >> 20
 
     def close(self) -> None:
-        for child in self._children:
-            child.end()
-        if self._helper is not None:
-            self._helper.close()
+        with ExitStack() as left:  # one that does not end keeps no other
+            if self._helper is not None:
+                left.callback(self._helper.close)
+            for child in self._children:
+                left.callback(child.end)
 
 
 @contextmanager

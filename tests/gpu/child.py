@@ -59,7 +59,8 @@ class Gpu:
         for offset in range(0, self.nbytes, SLICE):
             count = min(SLICE, self.nbytes - offset)
             self.call("cuMemcpyDtoH", address, int(self.memory) + offset, count)
-            if room[:count] != pattern[:count]:
+            # Whole slices are compared in place: copies of them made up half of the time, 17 s for 16 GB.
+            if (room if count == len(room) else room[:count]) != pattern[:count]:
                 return False
         return True
 

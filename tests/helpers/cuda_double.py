@@ -55,7 +55,8 @@ _FUNCTIONS: Final = {
     "open": "cuInit",
 }
 
-Deed = Literal["refuse", "die", "die_after", "hang", "hang_after"]
+Deed = Literal["refuse", "die", "die_after", "die_amid", "hang", "hang_after"]
+"""`die_amid`: the helper dies, the driver goes on; every call about the process waits until it is through."""
 
 
 class World:
@@ -103,6 +104,7 @@ class World:
                 "state": int(State.RUNNING),
                 "memory": {uuid: mib} if mib else {},
                 "busy": False,
+                "until": 0.0,
                 "broken": False,
                 "group": group,
             }
@@ -112,10 +114,20 @@ class World:
         with self.change() as world:
             world["processes"][str(pid)].update(values)
 
-    def fail(self, call: str, deed: Deed, *, pid: int = 0, code: int = OPERATING_SYSTEM, times: int = 1) -> None:
-        """Let the next `times` calls of a name go wrong, of a process or of any."""
+    def fail(
+        self,
+        call: str,
+        deed: Deed,
+        *,
+        pid: int = 0,
+        code: int = OPERATING_SYSTEM,
+        times: int = 1,
+        seconds: float = 0.0,
+    ) -> None:
+        """Let the next `times` calls of a name go wrong, of a process or of any; `seconds` it goes on amid a death."""
+        fault = {"call": call, "deed": deed, "pid": pid, "code": code, "times": times, "seconds": seconds}
         with self.change() as world:
-            world["faults"].append({"call": call, "deed": deed, "pid": pid, "code": code, "times": times})
+            world["faults"].append(fault)
 
     def cut(self, uuid: str) -> None:
         """Cut a GPU into instances."""
@@ -260,6 +272,7 @@ class CudaDouble:
 
     def _fault(self, call: str, pid: int) -> Deed | None:
         """Note the call, and let go wrong what goes wrong before it; what is left is for `_after`."""
+        self._wait_for_the_last(pid)
         with self._world.change() as world:
             world["calls"].append((call, pid))
             fault = next(
@@ -268,6 +281,9 @@ class CudaDouble:
             )
             if fault is not None:
                 fault["times"] -= 1
+                if fault["deed"] == "die_amid":
+                    moved = {"state": int(Step(call).after), "until": time.monotonic() + fault["seconds"]}
+                    world["processes"][str(pid)].update(moved)
             waits = _waits_for_another(world["processes"], pid)
         if waits:
             _hang()
@@ -276,12 +292,19 @@ class CudaDouble:
         match fault["deed"]:
             case "refuse":
                 raise _refused(call, pid, fault["code"])
-            case "die":
+            case "die" | "die_amid":
                 os._exit(7)
             case "hang":
                 _hang()
         deed: Deed = fault["deed"]
         return deed
+
+    def _wait_for_the_last(self, pid: int) -> None:
+        """As the driver does, where the helper of an earlier call about the process died amid it."""
+        with self._world.change() as world:
+            until = world["processes"].get(str(pid), {}).get("until", 0.0)
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(left)
 
     def _after(self, deed: Deed | None) -> None:
         if deed == "die_after":

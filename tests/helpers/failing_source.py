@@ -161,7 +161,7 @@ def failing(folder: str, at: str) -> Iterator[FailingSource]:
             process.stdin.close()
             subprocess.run(["umount", "-l", "--", at], capture_output=True, check=False)
             try:
-                process.wait(10)
+                process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
 

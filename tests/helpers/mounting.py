@@ -51,8 +51,8 @@ def weightfs(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProc
     )
 
 
-def wait_until(condition: Callable[[], T], what: str, *, timeout_s: float = 5) -> T:
-    """Poll until `condition` gives something true; gives that."""
+def wait_until(condition: Callable[[], T], what: str, *, timeout_s: float = 20) -> T:
+    """Poll until `condition` gives something true; gives that. The limit is for machines that others use, too."""
     ends = time.monotonic() + timeout_s
     while not (found := condition()):
         if time.monotonic() > ends:
@@ -64,7 +64,7 @@ def wait_until(condition: Callable[[], T], what: str, *, timeout_s: float = 5) -
 def wait_until_settled(*paths: str) -> None:
     """Wait until the youngest of these files is old enough to be remembered."""
     youngest = max(max(s.st_mtime, s.st_ctime) for s in (os.lstat(path) for path in paths))
-    wait_until(lambda: time.time() - youngest > SETTLED_S, "files settle", timeout_s=SETTLED_S + 1)
+    wait_until(lambda: time.time() - youngest > SETTLED_S, "files settle", timeout_s=SETTLED_S + 20)
 
 
 def within(timeout_s: float, function: Callable[[], T]) -> T:
@@ -152,13 +152,13 @@ class Daemon:
     def end(self) -> str | None:
         """End it by force if needed; gives what had to be done, None when it ended by itself."""
         try:
-            if self.has_ended(5):
+            if self.has_ended(20):
                 return None
             self.signal(signal.SIGTERM)
-            if self.has_ended(8):
+            if self.has_ended(20):
                 return "SIGTERM"
             self.signal(signal.SIGKILL)
-            self.has_ended(5)
+            self.has_ended(20)
             return "SIGKILL"
         finally:
             os.close(self._fd)
@@ -225,7 +225,7 @@ class Mount:
         """SIGKILL whoever serves, and wait until it is dead; gives its pid."""
         daemon = Daemon(self.daemon_pid())
         daemon.signal(signal.SIGKILL)
-        assert daemon.has_ended(5)
+        assert daemon.has_ended(20)
         daemon.close()
         return daemon.pid
 
@@ -234,10 +234,10 @@ class Mount:
         daemon = Daemon(self.daemon_pid())
         self.supervisor.signal(signal.SIGSTOP)
         daemon.signal(signal.SIGKILL)
-        assert daemon.has_ended(5)
+        assert daemon.has_ended(20)
         daemon.close()
         self.supervisor.signal(signal.SIGKILL)
-        assert self.supervisor.has_ended(5)
+        assert self.supervisor.has_ended(20)
 
     def umount(self, *options: str) -> subprocess.CompletedProcess[str]:
         return weightfs("umount", self.mountpoint, "--json", *options)

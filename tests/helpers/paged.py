@@ -38,7 +38,7 @@ def dumped(one: Target, tmp_path: Path) -> Dumped:
     work.mkdir(mode=0o700)
     options = options_for(tree_of(one.pid))
     dump(the_criu(), one.pid, str(images), options, 60)
-    assert one.process.wait(10) == -signal.SIGKILL
+    assert one.process.wait(30) == -signal.SIGKILL
     return Dumped(str(images), str(work), replace(restore_options_of(options), lazy_pages=True))
 
 

@@ -173,14 +173,14 @@ class Commands:
         return ""
 
     def require_consistent(self, *names: str) -> None:
-        """The store holds exactly these, each whole; no draft, no journal of it is left."""
-        listed = self.told("list")["snapshots"]
-        assert [one["name"] for one in listed] == sorted(names)
+        """The store holds exactly these, each whole; no draft of it is left."""
+        store = Store(self.store)
+        listed = store.list()
+        assert [(one.name, one.fault) for one in listed] == [(name, None) for name in sorted(names)]
         for name in names:
-            self.told("verify", name)
+            store.verify(name)
         if os.path.exists(self.store):
             assert not [name for name in os.listdir(self.store) if name.startswith(".draft")]
-            Store(self.store)
 
     def close(self) -> None:
         for pid, since in self._pids:
@@ -292,4 +292,4 @@ def is_running(pid: int) -> bool:
 
 
 def await_gone(pid: int) -> None:
-    wait_until(lambda: start_ticks(pid) is None, f"process {pid} is gone, and waited for", timeout_s=10)
+    wait_until(lambda: start_ticks(pid) is None, f"process {pid} is gone, and waited for")

@@ -41,6 +41,8 @@ def stop(how: str, process: subprocess.Popen[bytes] | None = None) -> None:
         case "criu":
             assert process is not None
             process.kill()
+            if process.wait() == 0:  # it was done by then: as if it had been killed with its last instruction
+                process.returncode = -signal.SIGKILL
         case _ if how.startswith("run:"):
             subprocess.run(how.removeprefix("run:"), shell=True, check=True)
         case "full":
@@ -89,9 +91,11 @@ def while_criu_runs(pattern: str, how: str) -> None:
                 return
             folders = [argv[argv.index(option) + 1] for option in ("--images-dir", "--work-dir")]
             ends = time.monotonic() + CRIU_SO_FAR_S
+            has_ended = False
             while not any(fnmatch.filter(os.listdir(folder), pattern) for folder in folders):
                 assert time.monotonic() < ends, f"CRIU wrote no {pattern}"
-                assert self.poll() is None, f"CRIU ended without a {pattern}"
+                assert not has_ended, f"CRIU ended without a {pattern}"
+                has_ended = self.poll() is not None
             stop(how, self)
 
     setattr(subprocess, "Popen", Watched)  # noqa: B010 - a class of the same kind, which mypy refuses

@@ -112,4 +112,4 @@ def end(pid: int) -> None:
     """Kill a process that need not be a child, and wait until it is gone or only waits to be waited for."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not is_running(pid), "the target has ended", timeout_s=10)
+    wait_until(lambda: not is_running(pid), "the target has ended")

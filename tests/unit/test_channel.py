@@ -171,7 +171,7 @@ def test_unmounting_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
         async with stage() as on:
             for unique in range(3):
                 await on.kernel.ask(Opcode.DESTROY, unique)
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 while numbers:
                     await trio.lowlevel.checkpoint()
             assert on.channel.requests == {}
@@ -254,7 +254,7 @@ def test_an_unexpected_refusal_of_the_kernel_is_logged(caplog: pytest.LogCapture
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(os, "writev", refused)
                 await on.kernel.ask(Opcode.FLUSH, 7, 5, bytes(24))
-                with trio.fail_after(5):
+                with trio.fail_after(20):
                     while not caplog.records:
                         await trio.lowlevel.checkpoint()
 

@@ -24,7 +24,7 @@ from weightfs.control import LONGEST_REQUEST_BYTES, Peer, ask, bind, error_docum
 from weightfs.control_server import Command, ControlConfig, serve
 from weightfs.errors import BusyError, IntegrityError, UnfitError, UsageError, WeightfsError
 
-QUICK = ControlConfig(request_s=0.3, answer_s=0.3, delivery_s=0.3, connections=8)
+QUICK = ControlConfig(request_s=1, answer_s=1, delivery_s=1, connections=8)
 
 
 async def echo(request: Mapping[str, Any], peer: Peer) -> Mapping[str, Any]:
@@ -123,7 +123,7 @@ def connect(path: str) -> socket.socket:
 
 def test_request_and_answer(path: str, listener: socket.socket) -> None:
     with serving(listener):
-        answer = ask(path, {"command": "echo", "name": "n\udcff"}, 5)
+        answer = ask(path, {"command": "echo", "name": "n\udcff"}, 30)
     assert answer == {
         "request": {"command": "echo", "name": "n\udcff"}, "uid": os.getuid(), "pid": os.getpid()
     }  # fmt: skip
@@ -141,7 +141,7 @@ def test_one_connection_carries_several(path: str, listener: socket.socket) -> N
 
 def test_an_error_keeps_its_class_and_its_words(path: str, listener: socket.socket) -> None:
     with serving(listener), pytest.raises(UnfitError) as caught:
-        ask(path, {"command": "refuse"}, 5)
+        ask(path, {"command": "refuse"}, 30)
     assert (caught.value.message, caught.value.path, caught.value.mend) == ("can't", "/a", "buy one")
 
 
@@ -157,14 +157,14 @@ def test_a_command_that_fails_is_an_answer_and_a_log_entry(
 ) -> None:
     with serving(listener):
         with pytest.raises(WeightfsError, match="ZeroDivisionError"):
-            ask(path, {"command": "stumble"}, 5)
-        assert ask(path, {"command": "echo"}, 5)
+            ask(path, {"command": "stumble"}, 30)
+        assert ask(path, {"command": "echo"}, 30)
     assert "ZeroDivisionError" in caplog.text
 
 
 def test_a_command_that_takes_too_long_is_given_up(path: str, listener: socket.socket) -> None:
     with serving(listener, QUICK), pytest.raises(BusyError, match="dawdle"):
-        ask(path, {"command": "dawdle"}, 5)
+        ask(path, {"command": "dawdle"}, 30)
 
 
 def test_nobody_listens(path: str) -> None:
@@ -179,7 +179,7 @@ def test_a_daemon_that_does_not_answer(path: str, listener: socket.socket) -> No
     started = time.monotonic()
     with pytest.raises(BusyError, match="within"):
         ask(path, {"command": "echo"}, 0.2)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
 
 
 def test_a_daemon_that_ends_before_it_answers(path: str, listener: socket.socket) -> None:
@@ -190,7 +190,7 @@ def test_a_daemon_that_ends_before_it_answers(path: str, listener: socket.socket
     thread = threading.Thread(target=hang_up)
     thread.start()
     with pytest.raises(BusyError, match="ended"):
-        ask(path, {"command": "echo"}, 5)
+        ask(path, {"command": "echo"}, 30)
     thread.join()
 
 
@@ -210,7 +210,7 @@ def test_malformed_requests_are_answered(path: str, listener: socket.socket, lin
             with contextlib.suppress(BrokenPipeError):
                 client.sendall(line)
             assert json.loads(answers.readline())["error"]["code"] == "usage"
-        assert ask(path, {"command": "echo"}, 5)
+        assert ask(path, {"command": "echo"}, 30)
 
 
 def test_a_request_without_end_is_dropped(path: str, listener: socket.socket) -> None:
@@ -218,19 +218,19 @@ def test_a_request_without_end_is_dropped(path: str, listener: socket.socket) ->
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             for _ in range(100):
                 client.sendall(b"x" * (1 << 16))
-        assert ask(path, {"command": "echo"}, 5)
+        assert ask(path, {"command": "echo"}, 30)
 
 
 def test_a_client_that_asks_too_much_is_told_so(path: str) -> None:
     with pytest.raises(UsageError, match="too long"):
-        ask(path, {"command": "x" * LONGEST_REQUEST_BYTES}, 5)
+        ask(path, {"command": "x" * LONGEST_REQUEST_BYTES}, 30)
 
 
 @pytest.mark.parametrize("begun", [b"", b'{"command": "ec'])
 def test_slow_clients_are_dropped(path: str, listener: socket.socket, begun: bytes) -> None:
     with serving(listener, QUICK), connect(path) as client:
         client.sendall(begun)
-        assert ask(path, {"command": "echo"}, 5)
+        assert ask(path, {"command": "echo"}, 30)
         with contextlib.suppress(ConnectionResetError):
             assert client.recv(1) == b""
 
@@ -238,7 +238,7 @@ def test_slow_clients_are_dropped(path: str, listener: socket.socket, begun: byt
 def test_a_client_that_takes_no_answer_is_dropped(path: str, listener: socket.socket) -> None:
     with serving(listener, QUICK), connect(path) as client:
         client.sendall(b'{"command": "overflow"}\n')
-        assert ask(path, {"command": "echo"}, 5)
+        assert ask(path, {"command": "echo"}, 30)
 
         def is_dropped() -> bool:
             try:
@@ -255,8 +255,8 @@ def test_a_hundred_idle_clients_hold_nobody_up(path: str, listener: socket.socke
         for _ in range(100):
             stack.enter_context(connect(path))
         started = time.monotonic()
-        assert ask(path, {"command": "echo"}, 5)
-        assert time.monotonic() - started < 1
+        assert ask(path, {"command": "echo"}, 30)
+        assert time.monotonic() - started < 4
 
 
 def test_more_idle_clients_than_there_is_room_for_hold_others_up_for_a_moment(
@@ -265,7 +265,7 @@ def test_more_idle_clients_than_there_is_room_for_hold_others_up_for_a_moment(
     with serving(listener, QUICK), contextlib.ExitStack() as stack:
         for _ in range(3 * QUICK.connections):
             stack.enter_context(connect(path))
-        assert ask(path, {"command": "echo"}, 10)
+        assert ask(path, {"command": "echo"}, 30)
 
 
 def test_clients_that_leave_are_forgotten(path: str, listener: socket.socket) -> None:
@@ -273,7 +273,7 @@ def test_clients_that_leave_are_forgotten(path: str, listener: socket.socket) ->
         for _ in range(5 * QUICK.connections):
             with connect(path) as client:
                 client.sendall(b'{"command": "overflow"}\n')
-        assert ask(path, {"command": "echo"}, 10)
+        assert ask(path, {"command": "echo"}, 30)
 
 
 # Binding
@@ -283,15 +283,15 @@ def test_two_servers_share_a_listener(path: str, listener: socket.socket) -> Non
     """A daemon and its successor: at no moment does a client find nobody."""
     with serving(listener):
         with listener.dup() as second, serving(second):
-            assert all(ask(path, {"command": "echo", "n": n}, 5)["request"]["n"] == n for n in range(20))
-        assert ask(path, {"command": "echo"}, 5)
+            assert all(ask(path, {"command": "echo", "n": n}, 30)["request"]["n"] == n for n in range(20))
+        assert ask(path, {"command": "echo"}, 30)
     assert listener.fileno() >= 0
 
 
 def test_what_a_dead_daemon_left_is_replaced(path: str) -> None:
     bind(path, None).close()
     with bind(path, None) as listener, serving(listener):
-        assert ask(path, {"command": "echo"}, 5)
+        assert ask(path, {"command": "echo"}, 30)
     assert os.listdir(os.path.dirname(path)) == ["control"]
 
 
@@ -299,7 +299,7 @@ def test_a_living_one_is_not(path: str, listener: socket.socket) -> None:
     with pytest.raises(BusyError, match="already"):
         bind(path, None)
     with serving(listener):
-        assert ask(path, {"command": "echo"}, 5)
+        assert ask(path, {"command": "echo"}, 30)
 
 
 def test_nothing_but_a_socket_is_replaced(path: str) -> None:
@@ -316,7 +316,7 @@ def test_paths_may_be_long(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     path = str(folder / "control")
     with bind(path, None) as listener, serving(listener):
-        assert ask(path, {"command": "echo"}, 5)
+        assert ask(path, {"command": "echo"}, 30)
     with pytest.raises(UsageError, match="64 bytes"):
         bind(str(folder / ("n" * 65)), None)
 

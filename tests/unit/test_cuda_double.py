@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.gpu import scenarios
-from tests.gpu.scenarios import MODELLED, Trace, compared
+from tests.gpu.scenarios import MODELLED, OBSERVED, Trace, compared, intact
 from tests.helpers.cuda_bench import double_bench
 
 FACTS = Path(scenarios.__file__).with_name("facts.json")
@@ -25,3 +25,9 @@ def test_it_answers_as_the_driver_did(
         trace = Trace(bench)
         scenario(trace)
     assert compared(trace.calls) == compared(facts["traces"][scenario.__name__])
+
+
+def test_every_scenario_is_recorded_and_left_memory_as_it_was() -> None:
+    traces: dict[str, Any] = json.loads(FACTS.read_text(encoding="utf-8"))["traces"]
+    assert traces.keys() == {one.__name__ for one in (*MODELLED, *OBSERVED)}
+    assert all(intact(calls) for calls in traces.values())

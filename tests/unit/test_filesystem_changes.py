@@ -24,7 +24,7 @@ from weightfs.readables import WholeFile
 
 TENSORS = {"a": tensor("F32", (4, 2), 1), "b": tensor("BF16", (3,), 2)}
 OTHERS = {"a": tensor("F32", (4, 2), 7), "b": tensor("BF16", (3,), 8)}
-SHORT = FilesystemConfig(deadline_s=0.05, threads=3)
+SHORT = FilesystemConfig(deadline_s=0.5, threads=3)
 
 
 @pytest.fixture

@@ -146,7 +146,7 @@ def test_a_source_that_does_not_answer_is_a_deadline(
     fs = Filesystem(source, index, handles, TEXTS, SHORT)
     source.immediate = False
     source.gate.clear()
-    with pytest.raises(DeadlineError, match=r"within 0.05 s"):
+    with pytest.raises(DeadlineError, match=rf"within {SHORT.deadline_s} s"):
         call(fs)
     source.gate.set()
     call(fs)

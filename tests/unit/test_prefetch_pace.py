@@ -32,6 +32,7 @@ class Machine:
         self.read(READ, READ)
         assert self.held is not None
         self.held += READ
+        self.pace.came(READ)
         self.pace.ended(READ)
 
     def yields(self) -> bool:
@@ -101,6 +102,7 @@ def test_what_was_read_ahead_is_waited_for_but_not_long(machine: Machine) -> Non
     machine.rate(0.2)
     machine.now_s += 0.06
     assert machine.counted is not None
+    machine.read(8 * MIB, 4096)
     machine.counted = replace(machine.counted, under_way=3)
     began_s = machine.now_s
     while (wait_s := machine.pace.wait_s(0)) > 0:
@@ -128,23 +130,63 @@ def test_who_cannot_tell_yields_to_nobody(machine: Machine, unknown: str) -> Non
     assert not machine.yields()
 
 
-def test_now_and_then_it_waits_until_nothing_is_under_way(machine: Machine) -> None:
+def test_while_the_disk_reads_only_what_we_do_nothing_is_waited_for(machine: Machine) -> None:
     assert machine.pace.wait_s(0) == 0
-    assert machine.pace.wait_s(3) == 0
+    looks = 0
+
+    def look() -> int:
+        nonlocal looks
+        looks += 1
+        return 0
+
+    machine.pace = Pace(lambda: machine.counted, look, lambda: machine.now_s)
+    assert machine.pace.wait_s(0) == 0
+    for _ in range(100):
+        machine.now_s += 0.02
+        machine.read(READ, READ)
+        assert machine.pace.wait_s(3, READ) == 0  # it may be what is under way
+        machine.pace.came(READ)
+        machine.pace.ended(READ)
+    assert looks == 1
+
+
+def test_when_it_reads_more_it_is_waited_until_nothing_is_under_way(machine: Machine) -> None:
+    assert machine.pace.wait_s(0) == 0
+    assert machine.pace.wait_s(3, READ) == 0
     machine.now_s += 0.06
-    assert machine.pace.wait_s(3) > 0
+    machine.read(3 * READ + MIB, 4096)
+    assert machine.pace.wait_s(3, READ) > 0
+    assert machine.pace.wait_s(2, READ) > 0
+    assert machine.pace.wait_s(0, READ) == 0
+
+
+def test_a_loader_of_what_is_read_is_looked_at_less_and_less(machine: Machine) -> None:
+    waits = 0
+    assert machine.held is not None
     assert machine.pace.wait_s(0) == 0
-    assert machine.pace.wait_s(3) == 0
+    for _ in range(100):
+        machine.now_s += 0.02
+        machine.read(8 * MIB, 64 << 10)
+        machine.held += 8 * MIB
+        waits += machine.pace.wait_s(1, MIB) > 0
+        assert machine.pace.wait_s(0, MIB) == 0
+    assert 4 <= waits <= 8
+    assert not machine.yields()
 
 
 def test_a_read_that_never_ends_holds_it_up_once(machine: Machine) -> None:
     assert machine.pace.wait_s(0) == 0
     machine.now_s += 0.06
+    machine.read(8 * MIB, 4096)
+    assert machine.held is not None
+    machine.held += 8 * MIB
     assert machine.pace.wait_s(1) == pytest.approx(1.0)
     machine.now_s += 1.0
     waits = 0
     for _ in range(1000):
         waits += machine.pace.wait_s(1) > 0
+        machine.read(MIB, 4096)
+        machine.held += MIB
         machine.now_s += 0.01
     assert waits == 0
 

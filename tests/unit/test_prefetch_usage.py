@@ -176,4 +176,4 @@ def test_500_processes_of_300_mappings(processes: FakeProcesses, weights: Path) 
     assert files_in_use(keys, root=str(processes.root)).in_use == {key}
     took = time.monotonic() - began
     print(json.dumps({"processes": 500, "mappings": 150_000, "seconds": round(took, 3)}))
-    assert took < 2
+    assert took < 10

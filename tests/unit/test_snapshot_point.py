@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,3 +74,30 @@ def test_who_watched_gives_up(folder: str, pool: ThreadPoolExecutor) -> None:
     wait_until(lambda: points.reached(folder), "it says that it is warm")
     points.dismiss(folder)
     assert waits.result(10) == "continued"
+
+
+def test_the_folder_of_a_process_that_was_let_go_goes_after_it(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(points.VARIABLE)
+
+    def swept(age_s: float) -> bool:
+        then = time.time() - age_s
+        os.utime(os.path.join(folder, "go"), (then, then))
+        points.sweep()
+        return not os.path.exists(folder)
+
+    points.sweep()
+    assert os.path.exists(folder), "its process may be yet to start"
+    points.let_go(folder, "restored")
+    environment = os.environ | {points.VARIABLE: folder}
+    with subprocess.Popen(["sleep", "infinity"], env=environment) as process:
+        wait_until(lambda: points.users(folder) == [process.pid], "its environment shows")
+        assert not swept(3600)
+        process.kill()
+    assert not swept(1), "it may not have read that it may go on"
+    assert swept(3600)
+    points.sweep()
+
+
+def test_points_that_were_never_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(runtime.VARIABLE, str(tmp_path / "absent"))
+    points.sweep()

@@ -55,7 +55,7 @@ def test_a_replacement_takes_the_name_when_it_is_complete(store: Store) -> None:
     old = add(store, "warm")
     draft = store.begin("warm", replace=True)
     Path(draft.images, "core-1.img").write_bytes(b"new")
-    assert store.verify("warm").manifest.id == old.manifest.id
+    assert store.open("warm").manifest.id == old.manifest.id
     new = draft.commit(manifest_of(draft))
     assert store.verify("warm") == new
     assert new.manifest.id != old.manifest.id

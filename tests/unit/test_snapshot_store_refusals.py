@@ -155,10 +155,27 @@ def test_a_filesystem_that_can_not_exchange_keeps_the_old_one(here: Store, monke
 def test_what_is_in_use_is_not_replaced(here: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rooms, "_IN_USE_S", 0.0)
     old = add(here, "warm")
-    with here.begin("warm", replace=True) as draft, here.lock("warm", shared=True):
+    with here.lock("warm", shared=True):
         with pytest.raises(RetryError, match="in use"):
-            draft.commit(manifest_of(draft))
+            here.begin("warm", replace=True)
         assert here.verify("warm") == old
+    assert os.listdir(here.path) == ["warm"]
+
+
+def test_nobody_uses_what_is_about_to_be_replaced(here: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that whoever has stopped a process for the new one waits for nobody."""
+    add(here, "warm")
+    with here.begin("warm", replace=True) as draft:
+        for ask in (here.verify, here.remove):
+            with pytest.raises(RetryError, match="in use"):
+                ask("warm")
+        with pytest.raises(RetryError, match="being made"):  # at once
+            here.begin("warm", replace=True)
+        made = draft.commit(manifest_of(draft))
+        assert here.verify("warm") == made
+    with here.begin("warm", replace=True), pytest.raises(RetryError):
+        here.verify("warm")
+    assert here.verify("warm") == made, "what was given up holds nothing"
 
 
 def made_meanwhile(here: Store, draft: Draft, monkeypatch: pytest.MonkeyPatch) -> None:

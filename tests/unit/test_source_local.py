@@ -211,7 +211,7 @@ def test_opening_what_is_no_file_is_refused_at_once(
     assert not source.lstat(b"odd").is_file
     before = open_descriptors()
     with pytest.raises(UnsupportedError, match=kind):
-        within(10, lambda: source.open(b"odd", cached_only=cached_only))
+        within(20, lambda: source.open(b"odd", cached_only=cached_only))
     assert open_descriptors() == before
 
 
@@ -228,7 +228,7 @@ def test_a_device_that_takes_the_files_place_is_not_opened(
         return found
 
     monkeypatch.setattr(source, "fstat", overtaken)
-    fd, entry = within(10, lambda: source.open(b"top"))
+    fd, entry = within(20, lambda: source.open(b"top"))
     assert stat.S_ISFIFO(os.lstat(root / "top").st_mode)
     assert os.read(fd, 10) == b"top"
     assert entry.is_file

@@ -62,7 +62,7 @@ class Told:
         self.event.set()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             while not condition():
                 self.event = trio.Event()
                 await self.event.wait()

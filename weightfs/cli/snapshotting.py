@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from checkpoint.creation import Created
     from checkpoint.errors import MisfitError
     from checkpoint.instances import Published
+    from checkpoint.phases import Phases
     from checkpoint.restoration import Restored
     from checkpoint.tools import Tools
 
@@ -80,21 +81,26 @@ def create(
         if (pid is None) == (not command):
             raise UsageError("name either a process (--pid) or a command (-- COMMAND...)")
         from checkpoint import creation, launch, readiness
+        from checkpoint.phases import Phases
         from checkpoint.store import Store
 
+        phases = Phases.of_this_process()
         opened = Store(store)
         options = creation.CreateOptions(
             leave_running=leave_running, replace=replace, timeout_s=timeout, plain=plain, master=master
         )
         ready = readiness.Readiness(url=ready_url, file=ready_file)
-        with tools() as found:
+        with tools(phases) as found:
             if pid is None:
-                made = launch.create_of_command(name, command, opened, found, options, ready, ready_timeout, log=log)
+                made = launch.create_of_command(
+                    name, command, opened, found, options, ready, ready_timeout, log=log, phases=phases
+                )
             else:
                 if ready.is_asked_for:
-                    readiness.wait(ready, ready_timeout, readiness.while_there(pid))
-                made = creation.create(name, pid, opened, found, options)
-        _say_created(made, as_json=as_json)
+                    with phases.phase("warm up"):
+                        readiness.wait(ready, ready_timeout, readiness.while_there(pid))
+                made = creation.create(name, pid, opened, found, options, phases=phases)
+        _say_created(made, phases.whole(), as_json=as_json)
 
 
 def restore(
@@ -124,28 +130,32 @@ def restore(
     """
     with reporting(as_json=as_json), differences_shown(), undone_by_signals():
         master = master_key(key_file, key_env, key_command, no_encrypt=no_encrypt)
-        from checkpoint import restoration
-        from checkpoint.readiness import Readiness
-        from checkpoint.store import Store
+        from checkpoint.phases import Phases
 
+        phases = Phases.of_this_process()
         if publish and not new_pidns:
             raise UsageError("--publish goes with --new-pidns")
-        options = restoration.RestoreOptions(
-            ready=Readiness(url=wait_url) if wait_url else None,
-            timeout_s=timeout,
-            log=log,
-            verify=not no_verify,
-            plain=plain,
-            root=root,
-            own_namespaces=new_pidns,
-            ports=[parse_published(one) for one in publish or ()],
-            master=master,
-        )
-        with tools() as found:
-            back = restoration.restore(name, Store(store), found, options)
+        ports = [parse_published(one) for one in publish or ()]
+        with tools(phases) as found:  # first, since it begins to open the GPUs' driver, which takes longer
+            with phases.phase("start"):
+                from checkpoint import restoration
+                from checkpoint.readiness import Readiness
+                from checkpoint.store import Store
+            options = restoration.RestoreOptions(
+                ready=Readiness(url=wait_url) if wait_url else None,
+                timeout_s=timeout,
+                log=log,
+                verify=not no_verify,
+                plain=plain,
+                root=root,
+                own_namespaces=new_pidns,
+                ports=ports,
+                master=master,
+            )
+            back = restoration.restore(name, Store(store), found, options, phases)
         for warning in back.warnings:
             sys.stderr.write(f"weightfs: {printable(warning)}\n")
-        _say_restored(back, as_json=as_json)
+        _say_restored(back, phases.whole(), as_json=as_json)
 
 
 def recover(as_json: Json = False) -> None:
@@ -169,21 +179,33 @@ def recover(as_json: Json = False) -> None:
 
 
 @contextlib.contextmanager
-def tools() -> Iterator[Tools]:
-    """What a snapshot needs of this machine; what commands that died have begun is put right first."""
+def tools(phases: Phases | None = None) -> Iterator[Tools]:
+    """What a snapshot needs of this machine; what commands that died have begun is put right first.
+
+    Args:
+        phases: of the command: finding the tools is one, and giving them up.
+    """
     from checkpoint import recovery
+    from checkpoint.phases import Phases
     from checkpoint.tools import found
 
+    phases = phases or Phases()
     if os.geteuid() != 0:
         raise UnfitError("snapshots need root: CRIU reads and writes other processes", mend="run it as root")
     if missing := [name for name, number in _NEEDED if not linux.has_capability(number)]:
         options = " ".join(f"--cap-add {name}" for name, _ in _NEEDED)
         raise UnfitError(f"this container lacks the capability {missing[0]}", mend=f"start it with {options}")
-    with found() as these:
-        for one in recovery.recover(these):
-            text = f"weightfs: {one.kind} of {one.name}, which died while {one.step}, is {one.outcome}"
-            sys.stderr.write(printable(text) + "\n")
+    held = contextlib.ExitStack()
+    try:
+        with phases.phase("tools"):
+            these = held.enter_context(found())
+            for one in recovery.recover(these):
+                text = f"weightfs: {one.kind} of {one.name}, which died while {one.step}, is {one.outcome}"
+                sys.stderr.write(printable(text) + "\n")
         yield these
+    finally:
+        with phases.phase("end"):
+            held.close()
 
 
 @contextlib.contextmanager
@@ -262,7 +284,7 @@ def parse_published(text: str) -> Published:
     return Published(host=found[1] or "127.0.0.1", port=int(found[2]), inside=int(found[3]))
 
 
-def _say_created(made: Created, *, as_json: bool) -> None:
+def _say_created(made: Created, seconds: dict[str, float], *, as_json: bool) -> None:
     manifest = made.snapshot.manifest
     for one in made.findings:
         sys.stderr.write(printable(f"weightfs: {one}") + "\n")
@@ -272,16 +294,16 @@ def _say_created(made: Created, *, as_json: bool) -> None:
                 "name": manifest.name,
                 "id": manifest.id,
                 "pid": made.pid,
-                "phases": made.seconds,
+                "phases": seconds,
                 "bytes": {"logical": manifest.bytes_logical, "stored": made.snapshot.bytes_stored},
                 "findings": [one.document() for one in made.findings],
             }
         )
         return
-    say(f"{manifest.name}: process {made.pid}, {human_bytes(made.snapshot.bytes_stored)} ({_told(made.seconds)})")
+    say(f"{manifest.name}: process {made.pid}, {human_bytes(made.snapshot.bytes_stored)} ({_told(seconds)})")
 
 
-def _say_restored(back: Restored, *, as_json: bool) -> None:
+def _say_restored(back: Restored, seconds: dict[str, float], *, as_json: bool) -> None:
     import msgspec
 
     if as_json:
@@ -289,16 +311,17 @@ def _say_restored(back: Restored, *, as_json: bool) -> None:
             "name": back.manifest.name,
             "id": back.manifest.id,
             "pid": back.pid,
-            "phases": back.seconds,
+            "phases": seconds,
             "bytes": {"logical": back.manifest.bytes_logical, "read": back.bytes_read},
             "memory": asdict(back.filled) if back.filled is not None else None,
+            "verified": asdict(back.verified) if back.verified is not None else None,
             "warnings": back.warnings,
             "differences": [msgspec.to_builtins(one) for one in back.differences],
         }
         emit(document)
         return
     say(f"{back.pid}")
-    sys.stderr.write(f"weightfs: {back.manifest.name} restored ({_told(back.seconds)})\n")
+    sys.stderr.write(f"weightfs: {back.manifest.name} restored ({_told(seconds)})\n")
 
 
 def _told(seconds: dict[str, float]) -> str:

@@ -1,0 +1,95 @@
+"""Compares the images of a snapshot with their digests; the large ones while the restore goes on.
+
+What CRIU reads is verified before CRIU sees it. The images of processes' own memory, which are nearly all of a
+snapshot, a page server copies without looking into them: they are verified meanwhile, and before the process is let go
+or its GPU memory is touched. So a damaged image is never run, and its restore takes no longer than a sound one's.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Self
+
+from checkpoint.snapshots import Snapshot
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verified:
+    """What was compared.
+
+    Attributes:
+        nbytes: of images.
+        seconds: that it took, the two parts after one another; most of it went by while something else was done.
+    """
+
+    nbytes: int
+    seconds: float
+
+
+class Verification:
+    """One restore's verification, a context manager: inside it a thread reads `later`; left early, it stops.
+
+    Args:
+        snapshot: whose images.
+        later: names of images that are read meanwhile.
+    """
+
+    def __init__(self, snapshot: Snapshot, later: Collection[str]) -> None:
+        self._snapshot = snapshot
+        self._later = later
+        self._stopping = threading.Event()
+        self._failure: Exception | None = None
+        self._nbytes = 0
+        self._seconds = 0.0
+        self._thread = threading.Thread(target=self._read, name="verification", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def others(self) -> None:
+        """Read all images that are not read meanwhile.
+
+        Raises:
+            CorruptError: one is not what was written.
+        """
+        started = time.monotonic()
+        names = {file.name for file in self._snapshot.manifest.files}.difference(self._later)
+        self._nbytes += self._snapshot.verify(names)
+        self._seconds += time.monotonic() - started
+
+    def check(self) -> None:
+        """Raise what was found so far.
+
+        Raises:
+            CorruptError: an image is not what was written.
+        """
+        if self._failure is not None:
+            raise self._failure
+
+    def finish(self) -> Verified:
+        """Wait until all is read.
+
+        Raises:
+            CorruptError: an image is not what was written.
+        """
+        self._thread.join()
+        self.check()
+        return Verified(nbytes=self._nbytes, seconds=self._seconds)
+
+    def _read(self) -> None:
+        started = time.monotonic()
+        try:
+            nbytes = self._snapshot.verify(self._later, self._stopping)
+        except Exception as e:  # noqa: BLE001 - raised where it is asked for
+            self._failure = e
+            return
+        self._nbytes += nbytes
+        self._seconds += time.monotonic() - started
