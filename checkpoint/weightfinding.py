@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoint.errors import CheckpointError, RetryError
-from weightfs.errors import FormatError, ShortReadError
+from weightfs.errors import FormatError
 from weightfs.formats import format_of, parse_header
 
 PAGE_BYTES: Final = 4096
@@ -106,7 +106,7 @@ def _opened(path: str, held: contextlib.ExitStack) -> WeightFile:
 
     tensors: tuple[tuple[int, int], ...] = ((0, nbytes),)
     if format_of(os.path.basename(path)) is not None:
-        with contextlib.suppress(FormatError, ShortReadError):  # then it is bytes, whatever its name says
+        with contextlib.suppress(FormatError):  # then it is bytes, whatever its name says
             layout = parse_header(os.path.basename(path), nbytes, read)
             tensors = tuple((tensor.offset, tensor.nbytes) for tensor in layout.tensors)
     return WeightFile(path=path, fd=fd, nbytes=nbytes, tensors=tensors)

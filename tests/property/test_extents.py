@@ -135,6 +135,9 @@ def test_every_shorter_one_is_corrupt(given_recipes: dict[str, Recipe]) -> None:
         (b"wfrcp\x01\0\x01\x01a\x01\x0a\x00\x00", "chunk 0 of 0"),
         (b"wfrcp\x01\0\x01\x01a\x01" + b"\xff" * 10 + b"\x01", "does not end"),
         (b"wfrcp\x01\0\x01\x01a\x01" + b"\xf8" + b"\xff" * 8 + b"\x01", "an extent of"),
+        (b"wfrcp\x01\0\x01\x01a\x01" + b"\xff" * 9 + b"\x02", "does not end"),
+        (b"wfrcp\x01\0\x01\x01a\x03" + (b"\x80" * 8 + b"\x40") * 3, "a recipe for"),
+        (b"wfrcp\x01\x01" + bytes(32) + b"\x01\x01a\x01\x0a\x00" + b"\xff" * 8 + b"\x7f", "a chunk from"),
     ],
 )
 def test_what_is_wrong_is_said(content: bytes, what: str) -> None:
@@ -177,3 +180,4 @@ def test_chunks_come_once_in_order() -> None:
     assert hash(recipe) == hash(Recipe(recipe.extents))
     assert recipe != Recipe()
     assert recipe != 3
+    assert repr(Recipe([Zero(1)])) == "Recipe([Zero(nbytes=1)])"

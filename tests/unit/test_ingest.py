@@ -355,6 +355,70 @@ def test_weights_that_are_short_already_are_an_error(tmp_path: Path) -> None:
             Anchors([one], threads=2)
 
 
+def test_a_header_that_becomes_shorter_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    safetensors(tmp_path / "m.safetensors", {"a": noise(MIB)})
+    monkeypatch.setattr(os, "pread", lambda fd, length, offset: b"")
+    with pytest.raises(RetryError, match="shorter"), opened([str(tmp_path / "m.safetensors")]):
+        pass
+
+
+def test_what_can_not_be_read_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for number in range(200):  # so that it has a size
+        (tmp_path / "folder" / f"{number}").touch()
+    folder = str(tmp_path / "folder")
+    with pytest.raises(CheckpointError, match="Is a directory") as raised:
+        ingest(folder, Anchors([], threads=1), Chunks().add, threads=1)
+    assert raised.value.path == folder
+    with pytest.raises(CheckpointError, match="Is a directory") as raised, opened([folder]) as files:
+        Anchors(files, threads=1)
+    assert raised.value.path == folder
+
+
+def test_weights_that_can_no_longer_be_read_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = noise(MIB)
+    safetensors(tmp_path / "m.safetensors", {"a": tensor})
+    (tmp_path / "pages").write_bytes(tensor)
+    really = os.preadv
+    with opened([str(tmp_path / "m.safetensors")]) as files:
+
+        def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+            if fd == files[0].fd:
+                raise OSError(5, "Input/output error")
+            return really(fd, buffers, offset)
+
+        anchors = Anchors(files, threads=1)
+        monkeypatch.setattr(os, "preadv", preadv)
+        with pytest.raises(CheckpointError, match="Input/output error") as raised:
+            ingest(str(tmp_path / "pages"), anchors, Chunks().add, threads=2)
+    assert raised.value.path == str(tmp_path / "m.safetensors")
+
+
+def test_an_image_that_becomes_shorter_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "pages"
+    path.write_bytes(noise(9 * MIB))
+
+    def add(content: memoryview) -> bytes:
+        os.truncate(path, 8 * MIB)
+        return bytes(32)
+
+    with pytest.raises(CheckpointError, match="shorter"):
+        ingest(str(path), Anchors([], threads=1), add, threads=1)
+
+
+def test_many_weights_have_anchors_further_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = bfloats(4 * MIB)
+    offsets = safetensors(tmp_path / "m.safetensors", {"a": tensor})
+    with opened([str(tmp_path / "m.safetensors")]) as files:
+        near = len(Anchors(files, threads=1))
+    monkeypatch.setattr("checkpoint.weightfinding._MOST_WINDOWS", 20)
+    with opened([str(tmp_path / "m.safetensors")]) as files:
+        assert len(Anchors(files, threads=1)) * 7 < near
+    image = noise(PAGE) + tensor[9 * PAGE :]
+    recipe = taken_in(image, [tmp_path / "m.safetensors"], tmp_path)
+    assert found(recipe) == [(PAGE, 0, offsets["a"] + 9 * PAGE, len(tensor) - 9 * PAGE)]
+
+
 def test_what_is_not_there_is_an_error(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
     with pytest.raises(CheckpointError, match="No such file") as raised, opened([missing]):
