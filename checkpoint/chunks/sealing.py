@@ -114,13 +114,6 @@ class Sealer:
         except InvalidTag as e:
             raise _broken(path) from e
 
-    def open_into(self, nonce: bytes, sealed: bytes | memoryview, bound: bytes, into: memoryview, path: str) -> None:
-        """The same into a buffer `TAG_BYTES` smaller than `sealed`. What is in it after an error may not be used."""
-        try:
-            self._aead.decrypt_into(nonce, sealed, bound, into)
-        except InvalidTag as e:
-            raise _broken(path) from e
-
 
 class _Unencrypted:
     """The methods of an AEAD that leaves content as it is, and finds damage."""
@@ -132,17 +125,10 @@ class _Unencrypted:
         return b"".join((content, self._tag(nonce, content, bound)))
 
     def decrypt(self, nonce: bytes, sealed: bytes | memoryview, bound: bytes) -> bytes:
-        return bytes(self._checked(nonce, sealed, bound))
-
-    def decrypt_into(self, nonce: bytes, sealed: bytes | memoryview, bound: bytes, into: memoryview) -> int:
-        into[:] = self._checked(nonce, sealed, bound)
-        return len(into)
-
-    def _checked(self, nonce: bytes, sealed: bytes | memoryview, bound: bytes) -> memoryview:
         content = memoryview(sealed)[:-TAG_BYTES]
         if len(sealed) < TAG_BYTES or self._tag(nonce, content, bound) != sealed[-TAG_BYTES:]:
             raise InvalidTag
-        return content
+        return bytes(content)
 
     def _tag(self, nonce: bytes, content: bytes | memoryview, bound: bytes) -> bytes:
         hasher = blake3.blake3(nonce + len(bound).to_bytes(8, "little") + bound, key=self._key)
