@@ -48,14 +48,13 @@ class Catalogue:
             pass
 
     def _look_up(self, folder: Folder) -> bool:
-        """Fill it in; gives False where a pack went meanwhile: what replaces it may have come after the listing."""
+        """Fill it in; gives False where packs came or went meanwhile: a listing may have missed old and new."""
         self.packs, self.faults, self.places = [], {}, {}
-        for name in folder.packs():
+        names = folder.packs()
+        for name in names:
             try:
                 found = folder.load(name, self.digest_key)
             except CheckpointError as e:
-                if not os.path.lexists(folder.at(name)):
-                    return False
                 self.faults[name] = e
                 continue
             base = len(self.packs) << _NUMBER_BITS
@@ -63,7 +62,7 @@ class Catalogue:
             for number, head in enumerate(found.table):
                 if head.method != pack.LOST:
                     self.places[head.id] = base + number
-        return True
+        return folder.packs() == names
 
     def get(self, id_: bytes) -> bytes:
         """A whole chunk.

@@ -86,8 +86,8 @@ def prune(folder: Folder, live: Callable[[], Iterable[bytes]]) -> Pruned:
         rewritten = 0
         with PackWriter(folder, digest_key, frozenset(), threads=0) as writer:
             for found, numbers in _needed(catalogue.packs, wanted):
-                nbytes = sum(found.table[number].sealed_nbytes for number in numbers)
-                if numbers and nbytes >= _SPARSE * found.table.pack_nbytes:
+                nbytes = sum(pack.HEAD_BYTES + found.table[number].sealed_nbytes for number in numbers)
+                if numbers and nbytes >= _SPARSE * (found.table.offsets[-1] - pack.START):
                     continue
                 try:
                     _move(found, numbers, writer)

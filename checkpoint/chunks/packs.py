@@ -116,17 +116,15 @@ class Packs:
 
     def get(self, id_: bytes) -> bytes:
         """A whole chunk; errors are those of `read`."""
-        catalogue = self._found()
-        try:
-            return catalogue.get(id_)
-        except GoneError:
-            catalogue = self._found_after(catalogue)
-        try:
-            return catalogue.get(id_)
-        except GoneError as e:
-            for fault in catalogue.faults.values():
-                raise fault from e
-            raise CorruptError(f"the chunk {id_.hex()} is missing", path=self.folder.path, mend=_ANEW) from e
+        catalogue, is_new = self._found(), False
+        while True:
+            try:
+                return catalogue.get(id_)
+            except GoneError as e:
+                if is_new and id_ not in catalogue.places:
+                    raise self._missing(id_, catalogue) from e
+            # It may have been moved more than once meanwhile, or added after another thread had looked.
+            catalogue, is_new = self._found_after(catalogue)
 
     def prefetch(self, ids: Collection[bytes]) -> int:
         """Have the kernel read chunks ahead; gives how many bytes. Those that are not there are left out."""
@@ -138,12 +136,19 @@ class Packs:
                 self._catalogue = self._new()
             return self._catalogue
 
-    def _found_after(self, stale: Catalogue) -> Catalogue:
-        """The folder as it is now, which may be what another thread found."""
+    def _found_after(self, stale: Catalogue) -> tuple[Catalogue, bool]:
+        """A later look at the folder, and whether it is of now; else another thread's."""
         with self._lock:
-            if self._catalogue in (None, stale):
-                self._catalogue = self._new()
-            return self._catalogue or stale
+            if self._catalogue is not None and self._catalogue is not stale:
+                return self._catalogue, False
+            self._catalogue = self._new()
+            return self._catalogue, True
+
+    def _missing(self, id_: bytes, catalogue: Catalogue) -> CheckpointError:
+        """Why there is no such chunk: where packs can't be used, it may be in one of them."""
+        for fault in catalogue.faults.values():
+            return fault
+        return CorruptError(f"the chunk {id_.hex()} is missing", path=self.folder.path, mend=_ANEW)
 
     def _new(self) -> Catalogue:
         digest_key = self.folder.digest_key()

@@ -17,7 +17,7 @@ from checkpoint.store import Store
 from tests.helpers.snapshots import add
 from weightfs import linux
 
-CALLS = ("mkdir", "open", "chmod", "fsync", "rename", "unlink", "rmdir", "write")
+CALLS = ("mkdir", "open", "chmod", "fsync", "link", "rename", "unlink", "rmdir", "write", "pwrite", "pwritev")
 NEW = {"core-1.img": b"new", "pages-1.img": b"pages" * 10_000, "dump.log": b""}
 
 
