@@ -52,8 +52,9 @@ START: Final = 2 * SLOT_BYTES
 MOST_CHUNK_BYTES: Final = 16 << 20
 MOST_CHUNKS: Final = 1 << 20
 LEVEL: Final = 1
-"""Of zstd. Of a Python process's memory, stored of each byte and GB/s a core to compress: level -5 0.37 and 0.37, -1 0.27
-and 0.34, 1 0.26 and 0.29, 3 0.24 and 0.18, 6 0.23 and 0.05; decompressing differs little (`tools/bench/packs.py`)."""
+"""Of zstd. What it stores of each byte of a Python process's memory, and GB/s a core to compress: level -5 0.37 and
+0.37, -1 0.27 and 0.34, 1 0.26 and 0.29, 3 0.24 and 0.18, 6 0.23 and 0.05; decompressing differs little
+(`tools/bench/packs.py`)."""
 
 STORED: Final = 0
 ZSTD: Final = 1
