@@ -24,9 +24,8 @@ from checkpoint.chunks.sealing import open_object, seal_object
 from checkpoint.errors import CheckpointError, CorruptError
 from checkpoint.extents import ChunkBytes, Recipe
 from checkpoint.snapshots import Snapshot, digest_of
+from checkpoint.store import CHUNKS, CHUNKS_OPEN
 
-CHUNKS: Final = ".chunks"
-CHUNKS_OPEN: Final = ".chunks-open"
 _MOST_BYTES: Final = 1 << 30
 _GENERATION: Final = struct.Struct("<Q")
 _ANEW: Final = "make the snapshot anew"

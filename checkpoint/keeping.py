@@ -117,6 +117,24 @@ class Chunked:
         return made
 
 
+def require_key(store: str, *, plain: bool, master: MasterKey | None) -> None:
+    """Refuse a key before a process is started, or dumped, for nothing.
+
+    Args:
+        store: its folder, which may not be there.
+        plain: CRIU's images are kept as they are.
+        master: the key to encrypt with; None where nothing is encrypted.
+
+    Raises:
+        CorruptError: it is not that of the store's chunks.
+        CheckpointError: that can't be told.
+    """
+    if not plain:
+        from checkpoint.contents import Vault
+
+        Vault(store, master).require_fit()
+
+
 @contextlib.contextmanager
 def keeping_in(draft: Draft, work: str, state: str, *, plain: bool, master: MasterKey | None) -> Iterator[Keeping]:
     """Begin to keep a snapshot's images. Until the context ends no chunk of the store is pruned.

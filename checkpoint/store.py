@@ -1,7 +1,7 @@
 """Where snapshots lie: a folder each, written under a temporary name, and renamed when it is complete and on the disk.
 
     STORE/                      0700
-        .chunks/                see `checkpoint.contents`
+        .chunks/, .chunks-open/ see `checkpoint.contents`
         NAME/                   0700; it has this name only when all of it is on the disk
             manifest.json       0600
             images/             0700; what CRIU wrote, flat: of a plain one
@@ -46,6 +46,9 @@ __all__ = ["DEFAULT", "Draft", "Listed", "Snapshot", "Store"]
 DEFAULT: Final = "/var/lib/weightfs/snapshots"
 _DRAFT: Final = ".draft."
 _REMOVED: Final = ".removed."
+CHUNKS: Final = ".chunks"
+CHUNKS_OPEN: Final = ".chunks-open"
+"""Folders of packs: of what is encrypted, and of what is not."""
 _STORE_S: Final = 10.0
 _IN_USE_S: Final = 30.0
 """For a restore to end: it holds its snapshot until its process answers."""
@@ -171,8 +174,11 @@ class Store:
             CheckpointError: chunks can't be read or written. No chunk that is needed went.
         """
         from checkpoint import contents
+        from checkpoint.chunks.packs import Pruned
 
         vault = contents.Vault(self.path, master)
+        if not os.path.isdir(vault.packs.folder.path):
+            return Pruned(removed=0, rewritten=0, freed_nbytes=0, faults={})
         return vault.packs.prune(contents.live_chunks(vault, self._usable))
 
     def list(self) -> tuple[Listed, ...]:
@@ -264,7 +270,18 @@ class Store:
                     except OSError as e:
                         raise guarded.unwritable(self._at(left), e) from e
                     removed.append(_name_of(left))
+        self._sweep_chunks()
         return tuple(removed)
+
+    def _sweep_chunks(self) -> None:
+        """Remove packs that were never completed, unless somebody makes a snapshot now: then the next one does it."""
+        for path in (self._at(CHUNKS), self._at(CHUNKS_OPEN)):
+            if os.path.isdir(path) and any(name.startswith(_DRAFT) for name in os.listdir(path)):
+                from checkpoint.chunks.folder import Folder  # libraries that are hardly ever needed for this
+
+                folder = Folder(path, None)
+                with contextlib.suppress(RetryError), folder.locked(fcntl.LOCK_EX, 0):
+                    folder.sweep()
 
     def _keep(self, name: str, held: contextlib.ExitStack) -> bool:
         """Hold what is to be replaced, where something is, until `held` ends."""

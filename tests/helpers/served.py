@@ -121,6 +121,8 @@ class Commands:
                 options += ["--log", self.log]
         elif action == "recover":
             options = ["--json"]
+        elif action == "verify":
+            options = ["--store", self.store, "--no-encrypt", "--json"]
         else:
             options = ["--store", self.store, "--json"]
         return [*self.program, "snapshot", action, *arguments, *options, *(["--", *command] if command else [])]

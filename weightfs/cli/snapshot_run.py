@@ -9,18 +9,14 @@ import typer
 
 from weightfs import systemd
 from weightfs.cli.output import printable, reporting
+from weightfs.cli.snapshot_keys import KeyCommand, KeyEnv, KeyFile, NoEncrypt, master_key
 from weightfs.cli.snapshot_store import DEFAULT_STORE, StoreFolder
 from weightfs.cli.snapshotting import (
-    KeyCommand,
-    KeyEnv,
-    KeyFile,
     Name,
-    NoEncrypt,
     ReadyFile,
     ReadyTimeout,
     ReadyUrl,
     Timeout,
-    master_key,
     tools,
 )
 from weightfs.errors import UsageError

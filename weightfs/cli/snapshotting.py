@@ -19,11 +19,11 @@ import typer
 from weightfs import linux
 from weightfs.cli.options import Json
 from weightfs.cli.output import emit, human_bytes, printable, reporting, say
+from weightfs.cli.snapshot_keys import KeyCommand, KeyEnv, KeyFile, NoEncrypt, master_key
 from weightfs.cli.snapshot_store import DEFAULT_STORE, StoreFolder
 from weightfs.errors import UnfitError, UsageError
 
 if TYPE_CHECKING:
-    from checkpoint.chunks.keys import MasterKey
     from checkpoint.creation import Created
     from checkpoint.errors import MisfitError
     from checkpoint.instances import Published
@@ -33,10 +33,6 @@ if TYPE_CHECKING:
 
 Name = Annotated[str, typer.Argument(help="Of the snapshot.")]
 Timeout = Annotated[float, typer.Option(help="Seconds for the GPU to come to rest, and for CRIU.")]
-KeyFile = Annotated[str | None, typer.Option(help="File with the 32 raw bytes of a key, mode 0600.")]
-KeyEnv = Annotated[str | None, typer.Option(help="Variable that holds a key.")]
-KeyCommand = Annotated[str | None, typer.Option(help="Command that prints a key.")]
-NoEncrypt = Annotated[bool, typer.Option("--no-encrypt", help="Memory is stored as it is, passwords and all.")]
 ReadyUrl = Annotated[str | None, typer.Option(help="Ready when this address answers a GET.")]
 ReadyFile = Annotated[str | None, typer.Option(help="Ready when this file exists.")]
 ReadyTimeout = Annotated[float, typer.Option(help="Seconds to wait until it is ready.")]
@@ -243,31 +239,6 @@ def _show_differences(error: MisfitError) -> None:
         sys.stderr.write(
             printable(f"  {one['what']}: {one['snapshot']} there, {one['here']} here; {mark}: {one['why']}") + "\n"
         )
-
-
-def master_key(
-    key_file: str | None, key_env: str | None, key_command: str | None, *, no_encrypt: bool
-) -> MasterKey | None:
-    """The key that one of the options names; None where nothing is encrypted.
-
-    Raises:
-        UsageError: not exactly one of them is given: scripts say from the start whether a snapshot is encrypted.
-        MasterKeyError: there is no key where it says.
-    """
-    given = [one for one in (key_file, key_env, key_command) if one is not None]
-    if given and no_encrypt:
-        raise UsageError("a key and --no-encrypt contradict each other")
-    if len(given) > 1:
-        raise UsageError("name one key: --key-file, --key-env or --key-command")
-    if not given and not no_encrypt:
-        raise UsageError("say whether the snapshot is encrypted: --key-file, --key-env, --key-command or --no-encrypt")
-    if no_encrypt:
-        return None
-    from checkpoint.chunks import keys
-
-    if key_file is not None:
-        return keys.from_file(key_file)
-    return keys.from_environment(key_env) if key_env is not None else keys.from_command(key_command or "")
 
 
 def parse_published(text: str) -> Published:
