@@ -174,6 +174,7 @@ def _create(
             weights_roots=[one.mountpoint for one in seen],
             store=os.path.dirname(draft.folder),
             gpu_bytes=sum(gpu_bytes.values()),
+            in_memory=not options.plain,
         )
         dumped = criu_command.options_for(tree)
         replaced, outside = stdio.resources(tree), attachments.outside(tree)
