@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from checkpoint import attachments, control, criu, criu_command, in_use, points, processes, stdio
+from checkpoint.candidates import candidates
 from checkpoint.chunks.keys import MasterKey
 from checkpoint.errors import CheckpointError, CudaError, RetryError, TargetError
 from checkpoint.findings import Finding
@@ -39,7 +40,7 @@ from checkpoint.processes import Process, start_ticks
 from checkpoint.states import State
 from checkpoint.store import Draft, Snapshot, Store
 from checkpoint.tools import Tools
-from checkpoint.weights import identify, unchanged_since
+from checkpoint.weights import unchanged_since
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +56,7 @@ class CreateOptions:
             command line.
         plain: CRIU's images are kept as they are.
         master: the key to encrypt with; None where nothing is encrypted.
+        weights: weight files, or folders of them, that the process has read and may have closed.
     """
 
     leave_running: bool = False
@@ -64,6 +66,7 @@ class CreateOptions:
     command: Sequence[str] = ()
     plain: bool = False
     master: MasterKey | None = None
+    weights: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,12 +163,8 @@ def _create(
             gpu_models = {one.uuid: one.name for one in tools.cuda.devices()}
     with phases.phase("weights"):
         seen = in_use.mounts_seen(entry.root)
-        paths = in_use.weight_files(tree, (one.mountpoint for one in seen))
-        weights = identify(
-            paths,
-            mountpoints=[one.mountpoint for one in seen],
-            cache=tools.cache,
-            root=f"/proc/{entry.root}/root",
+        weights = candidates(
+            tree, seen, tools.cache, plain=options.plain, command=options.command, given=options.weights
         )
     with phases.phase("examine"):
         found = examine(
@@ -208,7 +207,7 @@ def _create(
             )
         journal.at("ingesting")
         with phases.phase("ingest"):
-            keeping.take_in(list(weights.identities))
+            keeping.take_in(list(weights.identities), needed=len(weights.used.weights))
         journal.at("committing", id=draft.id)
         with phases.phase("store"):
             unchanged_since(weights.identities)
@@ -233,7 +232,7 @@ def _create(
                     command=options.command or entry.command,
                     root=f"/proc/{entry.root}/root",
                 ),
-                weights=list(weights.weights),
+                weights=weights.weights,
                 phases=phases.seconds,
                 hooks=options.point is not None and points.reached(options.point) is not None,
                 point=options.point,

@@ -6,8 +6,8 @@ Importing this takes the time that NumPy takes.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from checkpoint import weightfinding
@@ -26,10 +26,12 @@ class Ingested:
 
     Attributes:
         recipes: by the name of the file, in order.
+        weights: which of the weight files stay in the manifest, ascending; recipes count these alone.
         bytes_added: by how much the packs are larger.
     """
 
     recipes: dict[str, Recipe]
+    weights: tuple[int, ...]
     bytes_added: int
 
     @property
@@ -50,7 +52,7 @@ class Ingested:
         return found
 
 
-def take_in(images: str, weights: Sequence[str], writer: PackWriter, *, threads: int) -> Ingested:
+def take_in(images: str, weights: Sequence[str], writer: PackWriter, *, needed: int, threads: int) -> Ingested:
     """Take in every file of a folder, and commit the chunks.
 
     Args:
@@ -58,6 +60,7 @@ def take_in(images: str, weights: Sequence[str], writer: PackWriter, *, threads:
         weights: paths of the weight files, in the order of `Manifest.weights`. Whether they have changed since they
             were digested is for the caller to see, afterwards.
         writer: takes the chunks.
+        needed: so many of the first weight files stay, and those of the others that files have parts of.
         threads: to use, 1 or more.
 
     Raises:
@@ -69,7 +72,20 @@ def take_in(images: str, weights: Sequence[str], writer: PackWriter, *, threads:
         anchors = weightfinding.Anchors(files, threads=threads)
         for name, path in _files(images):
             recipes[name] = ingest(path, anchors, writer.add, threads=threads)
-    return Ingested(recipes=recipes, bytes_added=writer.commit().stored_nbytes)
+    used = {one.file for recipe in recipes.values() for one in recipe.extents if isinstance(one, WeightBytes)}
+    kept = tuple(sorted(used | set(range(needed))))
+    numbers = {old: new for new, old in enumerate(kept)}
+    return Ingested(
+        recipes={name: _renumbered(recipe, numbers) for name, recipe in recipes.items()},
+        weights=kept,
+        bytes_added=writer.commit().stored_nbytes,
+    )
+
+
+def _renumbered(recipe: Recipe, numbers: Mapping[int, int]) -> Recipe:
+    return Recipe(
+        [replace(one, file=numbers[one.file]) if isinstance(one, WeightBytes) else one for one in recipe.extents]
+    )
 
 
 def _files(images: str) -> list[tuple[str, str]]:

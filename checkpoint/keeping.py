@@ -36,11 +36,12 @@ class Keeping(Protocol):
     images: str
     inherited: tuple[int, ...]
 
-    def take_in(self, weights: Sequence[str]) -> None:
+    def take_in(self, weights: Sequence[str], *, needed: int) -> None:
         """Have what CRIU wrote be on the disk, but for the manifest and what goes with it.
 
         Args:
             weights: paths of the weight files, in the order of `Manifest.weights`.
+            needed: so many of the first stay in the manifest; others only if memory has parts of them.
         """
 
     def commit(self, said: Manifest) -> Snapshot:
@@ -59,7 +60,7 @@ class Plain:
         self.inherited: tuple[int, ...] = ()
         self._draft = draft
 
-    def take_in(self, weights: Sequence[str]) -> None:
+    def take_in(self, weights: Sequence[str], *, needed: int) -> None:
         """See `Keeping`: the draft does it."""
 
     def commit(self, said: Manifest) -> Snapshot:
@@ -87,11 +88,12 @@ class Chunked:
         self._state = state
         self._taken: Ingested | None = None
 
-    def take_in(self, weights: Sequence[str]) -> None:
+    def take_in(self, weights: Sequence[str], *, needed: int) -> None:
         """See `Keeping`."""
         from checkpoint.ingestion import take_in  # NumPy, which takes a while, and not before it is needed
 
-        self._taken = take_in(self.images, weights, self._writer, threads=len(os.sched_getaffinity(0)))
+        threads = len(os.sched_getaffinity(0))
+        self._taken = take_in(self.images, weights, self._writer, needed=needed, threads=threads)
 
     def commit(self, said: Manifest) -> Snapshot:
         """See `Keeping`."""
@@ -106,6 +108,7 @@ class Chunked:
             said,
             content="recipes",
             key_id=self._vault.key_id,
+            weights=[said.weights[number] for number in taken.weights],
             files=taken.files,
             bytes_logical=sum(file.nbytes for file in taken.files),
             bytes_added=taken.bytes_added,

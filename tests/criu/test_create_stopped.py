@@ -22,7 +22,7 @@ pytestmark = needs_criu
 BEFORE_COMMIT: Final = (
     "begun@",
     "checkpoint.store:Store.begin@after",
-    "checkpoint.creation:identify@after",
+    "checkpoint.creation:candidates@after",
     "dumping@",
     "criu@dump.log",
     "criu@pages-*.img",
@@ -115,7 +115,7 @@ def test_a_create_told_to_end_when_it_is_too_late(tmp_path: Path, weights: str, 
 @pytest.mark.parametrize(
     ("point", "how", "code"),
     [
-        ("checkpoint.creation:identify@after", "fail", 1),
+        ("checkpoint.creation:candidates@after", "fail", 1),
         ("checkpoint.criu:dump@before", "fail", 1),
         ("criu@dump.log", "criu", 1),
         ("criu@pages-*.img", "criu", 1),

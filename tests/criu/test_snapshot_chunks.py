@@ -150,13 +150,14 @@ def flip(path: Path, at: float = 0.5) -> None:
     path.write_bytes(content)
 
 
-def packs(store: Path) -> list[Path]:
-    return sorted(store.glob(".chunks/*.pack"))
+def pack_of(store: Path) -> Path:
+    """The largest one: that of the first snapshot, of which the others need most."""
+    return max(store.glob(".chunks/*.pack"), key=lambda path: path.stat().st_size)
 
 
 def swap_chunks(store: Path) -> None:
     """Exchange two parts of a pack."""
-    (pack,) = packs(store)
+    pack = pack_of(store)
     content = pack.read_bytes()
     start, half, nbytes = 8192, len(content) // 2, 4096
     one, other = content[start : start + nbytes], content[half : half + nbytes]
@@ -165,13 +166,12 @@ def swap_chunks(store: Path) -> None:
 
 
 def truncate(store: Path) -> None:
-    (pack,) = packs(store)
+    pack = pack_of(store)
     os.truncate(pack, pack.stat().st_size // 2)
 
 
 def no_index_and_truncated(store: Path) -> None:
-    (index,) = store.glob(".chunks/*.index")
-    index.unlink()
+    pack_of(store).with_suffix(".index").unlink()
     truncate(store)
 
 
@@ -205,9 +205,9 @@ def older(store: Path) -> None:
 
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
-    "a bit in a pack": lambda store: flip(packs(store)[0]),
-    "a bit at the beginning of a pack": lambda store: flip(packs(store)[0], 0.0),
-    "a bit in the index": lambda store: flip(next(store.glob(".chunks/*.index"))),
+    "a bit in a pack": lambda store: flip(pack_of(store)),
+    "a bit at the beginning of a pack": lambda store: flip(pack_of(store), 0.0),
+    "a bit in the index": lambda store: flip(pack_of(store).with_suffix(".index")),
     "a bit in the store's key": lambda store: flip(store / ".chunks" / "key"),
     "a bit in the recipes": lambda store: flip(store / "warm" / "recipes"),
     "a bit in the manifest": lambda store: flip(store / "warm" / "manifest.json"),

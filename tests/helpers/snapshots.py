@@ -74,7 +74,7 @@ def add_chunked(
         for image, content in images.items():
             with open(os.path.join(draft.images, image), "wb") as file:
                 file.write(content)
-        taken = take_in(draft.images, [], writer, threads=1)
+        taken = take_in(draft.images, [], writer, needed=0, threads=1)
         for image in images:
             os.unlink(os.path.join(draft.images, image))
         said = manifest_of(

@@ -56,6 +56,9 @@ def create(
     leave_running: Annotated[bool, typer.Option("--leave-running", help="It goes on afterwards.")] = False,
     replace: Annotated[bool, typer.Option("--replace", help="A snapshot of that name makes way.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Keep CRIU's images as they are, large and open.")] = False,
+    weights: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="Weights it has read and closed: a file or folder.")
+    ] = None,
     log: Log = None,
     timeout: Timeout = 120.0,
     store: StoreFolder = DEFAULT_STORE,
@@ -83,7 +86,12 @@ def create(
         phases = Phases.of_this_process()
         opened = Store(store)
         options = creation.CreateOptions(
-            leave_running=leave_running, replace=replace, timeout_s=timeout, plain=plain, master=master
+            leave_running=leave_running,
+            replace=replace,
+            timeout_s=timeout,
+            plain=plain,
+            master=master,
+            weights=weights or (),
         )
         ready = readiness.Readiness(url=ready_url, file=ready_file)
         with tools(phases) as found:
