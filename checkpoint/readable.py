@@ -16,7 +16,7 @@ from checkpoint.snapshots import Snapshot
 
 
 class Readable:
-    """A snapshot that is about to be restored.
+    """A snapshot that is about to be restored; what it needs begins to be read ahead.
 
     Args:
         snapshot: as the store has it.
@@ -39,6 +39,7 @@ class Readable:
                     mend="use --no-encrypt to trust it",
                 )
             return
+        from checkpoint.ahead import read_ahead
         from checkpoint.contents import Vault
         from checkpoint.generations import Generations
 
@@ -47,6 +48,7 @@ class Readable:
         generations = Generations(state, self._vault.packs.digest_key)
         generations.require_newest(snapshot.manifest.name, self._contents.generation, snapshot.folder)
         generations.note(snapshot.manifest.name, self._contents.generation)
+        read_ahead(self._contents, self._vault, snapshot.manifest.weights)
 
     @property
     def is_plain(self) -> bool:
