@@ -19,10 +19,12 @@ class Candidates:
     """See the module.
 
     Attributes:
-        used: open or mapped, so that a restore needs them.
+        paths: of those that are open or mapped, as the process sees them.
+        used: the same, so that a restore needs them.
         others: a restore needs them where memory has parts of them.
     """
 
+    paths: Sequence[str]
     used: Identified
     others: Identified
 
@@ -65,13 +67,15 @@ def candidates(
     def identified(paths: Iterable[str]) -> Identified:
         return identify(paths, mountpoints=mountpoints, cache=cache, root=root)
 
-    used = identified(in_use.weight_files(tree, mountpoints))
+    paths = in_use.weight_files(tree, mountpoints)
+    used = identified(paths)
     named: list[str] = []
     if not plain:
         arguments = [one for process in tree for one in process.cmdline] + list(command)
         named = in_use.named_weights(arguments, mountpoints, cwd=tree[0].cwd, root=root, given=given)
     known = {(one.device, one.inode) for one in used.identities.values()}
-    return Candidates(used=used, others=identified(one for one in named if _key(root, one) not in known))
+    others = identified(one for one in named if _key(root, one) not in known)
+    return Candidates(paths=paths, used=used, others=others)
 
 
 def _key(root: str, path: str) -> tuple[int, int]:

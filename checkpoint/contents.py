@@ -14,8 +14,9 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from checkpoint import extents, guarded
 from checkpoint.chunks.keys import MasterKey
@@ -31,8 +32,7 @@ _GENERATION: Final = struct.Struct("<Q")
 _ANEW: Final = "make the snapshot anew"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Contents:
+class Contents(msgspec.Struct, frozen=True, kw_only=True):
     """The recipes of a snapshot, authentic.
 
     Attributes:

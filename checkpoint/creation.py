@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from checkpoint import attachments, control, criu, criu_command, in_use, points, processes, stdio
+from checkpoint import attachments, control, criu, criu_command, in_use, points, processes, programs, stdio
 from checkpoint.candidates import candidates
 from checkpoint.chunks.keys import MasterKey
 from checkpoint.errors import CheckpointError, CudaError, RetryError, TargetError
@@ -166,6 +166,9 @@ def _create(
         weights = candidates(
             tree, seen, tools.cache, plain=options.plain, command=options.command, given=options.weights
         )
+    with phases.phase("programs"):
+        mapped = set(programs.mapped(tree)) - set(weights.paths)
+        code = programs.identify(sorted(mapped), cache=tools.cache, root=f"/proc/{entry.root}/root")
     with phases.phase("examine"):
         found = examine(
             tree,
@@ -233,6 +236,7 @@ def _create(
                     root=f"/proc/{entry.root}/root",
                 ),
                 weights=weights.weights,
+                programs=code,
                 phases=phases.seconds,
                 hooks=options.point is not None and points.reached(options.point) is not None,
                 point=options.point,

@@ -11,8 +11,9 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final, Self
+
+import msgspec
 
 from checkpoint.cuda import ILLEGAL_STATE, NOT_INITIALIZED, NOT_READY, NOT_SUPPORTED, OUT_OF_MEMORY, Pair
 from checkpoint.cuda_channel import Helper, HelperLostError
@@ -33,8 +34,7 @@ _MEND_RECOVER: Final = "weightfs snapshot recover puts right what a snapshot lef
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Deadlines:
+class Deadlines(msgspec.Struct, frozen=True, kw_only=True):
     """How long the driver may take before its helper is given up, in seconds.
 
     Attributes:

@@ -6,9 +6,11 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
+from checkpoint import programs
 from checkpoint.criu_command import ROOT_TO_BE_NAMED, options_kept
 from checkpoint.cuda import Pair
 from checkpoint.cuda_helper import Cuda
+from checkpoint.digest_cache import DigestCache
 from checkpoint.errors import MisfitError, RetryError
 from checkpoint.fingerprint import Difference, require_fit
 from checkpoint.manifest import Manifest
@@ -77,6 +79,18 @@ def require_free(manifest: Manifest) -> None:
                     mend=f"end its parent, which ps -o ppid= {pid} tells",
                 )
             time.sleep(_LOOK_S)
+
+
+def require_programs(manifest: Manifest, cache: DigestCache, *, root: str | None) -> None:
+    """See that the programs and libraries which the process has mapped are here, and the same.
+
+    Raises:
+        MisfitError: one is not; carries all that are not.
+        CheckpointError: one can't be read.
+    """
+    has_own_mounts = options_kept(manifest.criu_options).root is not None
+    found = programs.compared(manifest.programs, cache=cache, root=root or "/", has_own_mounts=has_own_mounts)
+    require_fit(manifest.name, found)
 
 
 def require_gpus(manifest: Manifest, cuda: Cuda | None) -> tuple[tuple[Pair, ...], list[Difference]]:

@@ -11,10 +11,10 @@ import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Final
 
 import blake3
+import msgspec
 
 from checkpoint.errors import CheckpointError, RetryError
 
@@ -29,8 +29,7 @@ _READERS: Final = 4
 ahead 4.2. Mapped it would be 25."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Identity:
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """A file's state as stat(2) tells it: while it stays, so do the bytes.
 
     Attributes:
@@ -57,8 +56,7 @@ class Identity:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Digested:
+class Digested(msgspec.Struct, frozen=True, kw_only=True):
     """A file that was read to its end.
 
     Attributes:

@@ -70,6 +70,24 @@ class Weight(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     blake3: Digest
 
 
+class Program(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A program or library that a process has mapped to execute it; see `checkpoint.programs`.
+
+    Attributes:
+        path: absolute, as the process sees it.
+        nbytes: its size.
+        state: device, inode and times, as text; while it is the same, so is the file. Tells nothing on another machine.
+        build_id: of its ELF notes, in hexadecimal; empty where it has none.
+        blake3: of its bytes; empty where there is a build ID.
+    """
+
+    path: str
+    nbytes: Count
+    state: str
+    build_id: str = ""
+    blake3: str = ""
+
+
 class ImageFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A file that CRIU wrote.
 
@@ -125,6 +143,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         mount: where the weights come from, None where they lie on no weightfs mount.
         fingerprint: the machine it was made on.
         weights: every weight file in use.
+        programs: every program and library mapped; empty before version 2.
         content: what the snapshot's folder holds: the files that CRIU wrote, or recipes for them.
         key_id: of the master key that the recipes and their chunks are sealed with, empty where nothing is encrypted.
         files: every file that CRIU wrote; of plain ones `Draft.commit` fills it in.
@@ -155,6 +174,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     mount: Mount | None = None
     fingerprint: Fingerprint
     weights: list[Weight] = []
+    programs: list[Program] = []
     content: Literal["plain", "recipes"] = "plain"
     key_id: KeyId = ""
     files: list[ImageFile] = []
@@ -254,6 +274,9 @@ def _fault_of(manifest: Manifest) -> str | None:
             return f"names a mountpoint {weight.mountpoint!r}"
         if weight.path == "/" or not _is_plain(weight.path, absolute=weight.mountpoint is None):
             return f"names a weight file {weight.path!r}"
+    for program in manifest.programs:
+        if not _is_plain(program.path, absolute=True):
+            return f"names a program {program.path!r}"
     return None
 
 

@@ -8,8 +8,9 @@ exists from 13.2 on only. Functions and structures are those of `nvml.h`.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from typing import Any, Final
+
+import msgspec
 
 from checkpoint.errors import CudaError
 
@@ -20,8 +21,7 @@ _NAME_BYTES: Final = 96  # NVML_DEVICE_NAME_V2_BUFFER_SIZE, and that of a UUID
 _UNKNOWN_BYTES: Final = (1 << 64) - 1  # NVML_VALUE_NOT_AVAILABLE
 
 
-@dataclass(frozen=True, kw_only=True)
-class Device:
+class Device(msgspec.Struct, frozen=True, kw_only=True):
     """A GPU.
 
     Attributes:

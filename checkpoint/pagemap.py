@@ -11,8 +11,9 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from checkpoint.errors import CorruptError
 from checkpoint.page_plan import Plan, Run
@@ -36,8 +37,7 @@ Fields = dict[int, list[int | bytes]]
 """The values of a message by field number, in their order: numbers, and bytes of what has a length."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Mapping:
+class Mapping(msgspec.Struct, frozen=True, kw_only=True):
     """A mapping of a process.
 
     Attributes:
@@ -50,8 +50,7 @@ class Mapping:
     is_early: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Memory:
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
     """The memory of a process that `criu restore --lazy-pages` leaves to a page server.
 
     Attributes:

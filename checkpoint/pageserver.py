@@ -17,8 +17,9 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final, TypeAlias
+
+import msgspec
 
 from checkpoint.errors import CheckpointError, RetryError
 from checkpoint.filling import Buffer, Filling
@@ -39,8 +40,7 @@ Opened: TypeAlias = dict[str, PageImage]
 """By path."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Filled:
+class Filled(msgspec.Struct, frozen=True, kw_only=True):
     """What was filled in.
 
     Attributes:

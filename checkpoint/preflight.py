@@ -20,6 +20,8 @@ from checkpoint.processes import PROC, Descriptor, Process, namespaces_of
 from checkpoint.processes import Mapping as Mapped
 from checkpoint.sockets import Socket, outside_peers, sockets_of
 
+_SECRET: Final = "/secretmem"
+_NOBODY_ELSE: Final = "nobody but the process can read it"
 _KNOWN_ANON: Final = frozenset({"eventfd", "eventpoll", "signalfd", "timerfd", "inotify", "fanotify", "pidfd"})
 _ANON: Final = re.compile(r"anon_inode:\[?([^\]]*)\]?")
 _MEMORY_DEVICES: Final = 1
@@ -131,6 +133,10 @@ def _of_a_descriptor(process: Process, one: Descriptor, processes: Sequence[Proc
     elif one.kind == "device" and not _is_known_device(one):
         why = "CRIU can't dump the state of a device"
         yield _fatal("device", process.pid, f"{where} is {one.target}", why, "close it before the snapshot")
+    elif one.is_deleted and one.target == _SECRET:
+        yield _fatal(
+            "secret-memory", process.pid, f"{where} is secret memory", _NOBODY_ELSE, "close it before the snapshot"
+        )
     elif one.kind == "file" and one.can_write and is_unseen(process, one):
         what = f"{where} writes {one.target}, on a mount that it can't see"
         why = "CRIU restores it only onto a file of the mode and size that it has at the dump, which no log keeps"
@@ -226,9 +232,8 @@ def _of_a_mapping(process: Process, one: Mapped, *, own_ipc: bool) -> Finding | 
         why = "processes outside may share it"
         mend = "have it use POSIX shared memory (shm_open), or run it in an IPC namespace of its own (unshare --ipc)"
         return _fatal("sysv-shm", process.pid, f"System V shared memory is mapped {at}", why, mend)
-    if one.path == "/secretmem":
-        why = "nobody but the process can read it"
-        return _fatal("secret-memory", process.pid, f"secret memory is mapped {at}", why, "unmap it before")
+    if one.path == _SECRET:
+        return _fatal("secret-memory", process.pid, f"secret memory is mapped {at}", _NOBODY_ELSE, "unmap it before")
     if one.path == "anon_inode:[io_uring]":
         mend = "have the program not use io_uring, or unmap it before"
         return _fatal("io-uring", process.pid, f"an io_uring is mapped {at}", "CRIU can't dump one", mend)

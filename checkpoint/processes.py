@@ -10,8 +10,9 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final, Literal
+
+import msgspec
 
 from checkpoint.errors import TargetError
 
@@ -27,8 +28,7 @@ _TTY_MAJORS: Final = frozenset({4, 5, *range(136, 144), 204, 229})
 """Virtual consoles, /dev/tty and /dev/console, the slaves of pseudo terminals, serial lines, hypervisor consoles."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Descriptor:
+class Descriptor(msgspec.Struct, frozen=True, kw_only=True):
     """An open descriptor of a process.
 
     Attributes:
@@ -67,8 +67,7 @@ class Descriptor:
         return self.flags & os.O_ACCMODE != os.O_RDONLY
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Mapping:
+class Mapping(msgspec.Struct, frozen=True, kw_only=True):
     """A mapping: the line of /proc/PID/maps.
 
     Attributes:
@@ -105,8 +104,7 @@ class Mapping:
         return self.inode != 0 and self.path.startswith("/") and not self.is_memory
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Process:
+class Process(msgspec.Struct, frozen=True, kw_only=True):
     """A process as it was when it was looked at.
 
     Attributes:

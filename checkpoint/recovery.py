@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from checkpoint import journal, points
 from checkpoint.journal import Entry
@@ -13,8 +14,7 @@ from checkpoint.tools import Tools
 _CRIU_S: Final = 120.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recovered:
+class Recovered(msgspec.Struct, frozen=True, kw_only=True):
     """What was found.
 
     Attributes:

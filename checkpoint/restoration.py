@@ -18,8 +18,10 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
+
+import msgspec
 
 from checkpoint import (
     attachments,
@@ -61,8 +63,7 @@ _REPLACED_S: Final = 30.0
 """Who replaces a snapshot holds it for as long as a dump takes; a cold start instead would take longer."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RestoreOptions:
+class RestoreOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How a snapshot is restored.
 
     Attributes:
@@ -92,8 +93,7 @@ class RestoreOptions:
     master: MasterKey | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Restored:
+class Restored(msgspec.Struct, frozen=True, kw_only=True):
     """What was restored.
 
     Attributes:
@@ -158,6 +158,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
             destination.require_placed(manifest, root=options.root, own_namespaces=options.own_namespaces)
             if not options.own_namespaces and not destination.is_container(manifest):
                 destination.require_free(manifest)
+            destination.require_programs(manifest, tools.cache, root=options.root)
             pairs, moved = destination.require_gpus(manifest, tools.cuda)
             found += moved
         with phases.phase("weights"):

@@ -6,10 +6,10 @@ import os
 import stat
 import threading
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Final
 
 import blake3
+import msgspec
 
 from checkpoint import guarded, manifest
 from checkpoint.digests import digest_files
@@ -22,8 +22,7 @@ RECIPES: Final = "recipes"
 _ANEW: Final = "make the snapshot anew"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Snapshot:
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """A complete snapshot whose names, owners, modes and sizes are as its manifest says.
 
     Attributes:

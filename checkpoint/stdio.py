@@ -10,8 +10,9 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from checkpoint.attachments import attachments_of
 from checkpoint.errors import CheckpointError
@@ -24,8 +25,7 @@ Resource = tuple[int, str, str]
 """Which of 0, 1 and 2; what CRIU calls it; the path where it is a log file, else empty."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Given:
+class Given(msgspec.Struct, frozen=True, kw_only=True):
     """A caller's stdio, for a process that is to have it.
 
     Attributes:

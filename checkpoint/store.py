@@ -27,8 +27,9 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from checkpoint import guarded, manifest
 from checkpoint.chunks.keys import MasterKey
@@ -54,8 +55,7 @@ _IN_USE_S: Final = 30.0
 """For a restore to end: it holds its snapshot until its process answers."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Listed:
+class Listed(msgspec.Struct, frozen=True, kw_only=True):
     """A name in the store.
 
     Attributes:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from checkpoint.criu import Criu, find_criu
 from checkpoint.cuda_helper import Cuda
@@ -15,8 +16,7 @@ from checkpoint.digest_cache import DigestCache
 STATE: Final = "/var/lib/weightfs"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tools:
+class Tools(msgspec.Struct, frozen=True, kw_only=True):
     """See the module.
 
     Attributes:

@@ -10,8 +10,9 @@ import ctypes
 import errno
 import os
 import struct
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
@@ -60,8 +61,7 @@ _libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 _libc.syscall.restype = ctypes.c_long
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(msgspec.Struct, frozen=True):
     """What a process has done, or waits for.
 
     Attributes:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Self
+
+import msgspec
 
 from checkpoint.snapshots import Snapshot
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verified:
+class Verified(msgspec.Struct, frozen=True, kw_only=True):
     """What was compared.
 
     Attributes:

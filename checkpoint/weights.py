@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from checkpoint.digest_cache import DigestCache
 from checkpoint.digests import Digested, Identity, digest_files
@@ -19,8 +20,7 @@ from checkpoint.manifest import Manifest, Weight
 _ANEW: Final = "bring the file back as it was, or make the snapshot anew"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Identified:
+class Identified(msgspec.Struct, frozen=True, kw_only=True):
     """Weight files as they were found.
 
     Attributes:
@@ -49,7 +49,7 @@ def identify(
     """
     below = sorted(mountpoints, key=len, reverse=True)
     at = {path: _seen(root, path) for path in sorted(set(paths))}
-    found = _digests(at.values(), cache)
+    found = digests(at.values(), cache)
     weights = []
     for path, where in at.items():
         mountpoint = next((one for one in below if path.startswith(one.rstrip("/") + "/")), None)
@@ -92,7 +92,7 @@ def check_weights(
     for where, weight in at.items():  # what shows without reading comes first
         _require_size(where, weight)
     try:
-        found = _digests(at, cache)
+        found = digests(at, cache)
     except RetryError as e:
         raise CorruptError("changed while it was read", path=e.path, mend=_ANEW) from e
     for where, weight in at.items():
@@ -116,7 +116,13 @@ def unchanged_since(identities: Mapping[str, Identity]) -> None:
             raise CorruptError("changed meanwhile", path=path, mend=_ANEW)
 
 
-def _digests(paths: Iterable[str], cache: DigestCache | None) -> dict[str, Digested]:
+def digests(paths: Iterable[str], cache: DigestCache | None) -> dict[str, Digested]:
+    """Digests of files by path; those the cache knows are not read.
+
+    Raises:
+        CheckpointError: one can't be read.
+        RetryError: one changed while it was read.
+    """
     known: dict[str, Digested] = {}
     unknown = []
     for path in paths:

@@ -54,8 +54,8 @@ _PIECE_BYTES: Final = 512 << 10
 """What sendfile moves at a time: the pace is to know soon what has come."""
 _SMALL_BYTES: Final = 256 << 10
 """A part that is smaller, as orders that were learned have them, is read alone and not with its huge page."""
-_AWAITED_BYTES: Final = 16 << 20
-"""Under way at once for a loader that waits. Others that read wait as long as these take: 5 ms at 3 GB/s."""
+_UNDER_WAY_BYTES: Final = 16 << 20
+"""Under way at once. Who reads beside it waits as long as these take: 5 ms at 3 GB/s."""
 _POPULATES_SINCE: Final = 5, 18
 _EVERYTHING: Final = 1 << 62
 _HELD_S: Final = 0.02
@@ -82,8 +82,8 @@ class Fill:
     Attributes:
         chunks: what to read, a read each; see `cut`.
         fds: a descriptor for each file, by the chunks' names of it, which must stay open until `on_end` is called.
-        awaited: whether its loader has the weights open. Then it is read with the usual I/O priority, but less is
-            under way; else with the idle one, behind whatever anybody reads.
+        awaited: whether its loader has the weights open. Then it is read with the usual I/O priority, else with the
+            idle one, behind whatever anybody reads.
         on_end: called in a thread of the filler once nothing of it is under way any more, and before `ended` is set.
         submitted_at: when the first read was begun (monotonic), None before.
         filled_bytes: read in so far, by this fill.
@@ -102,6 +102,7 @@ class Fill:
     cancelled: bool = False
     exhausted: bool = False
     working: int = 0
+    written_off: int = 0
     devices: set[int] = field(default_factory=set)
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -130,9 +131,11 @@ class Filler:
         self._pace = Pace(self._disks.counters, self._resident)
         self._turn = threading.Condition()
         self._fills: deque[Fill] = deque()
+        self._leaving: set[Fill] = set()  # the last reads of these are under way
         self._ended: deque[Fill] = deque()  # nothing of them is under way, and nobody was told yet
         self._threads: list[threading.Thread] = []
         self._working = 0
+        self._lost = 0  # reads of fills that were cancelled, which may never end
         self._ends = False
         self.halted = False
         self.filled_bytes = 0
@@ -143,18 +146,24 @@ class Filler:
         with self._turn:
             self._fills.append(fill)
             self._look_elsewhere()
-            more = range(self._config.depth - len(self._threads))
-            threads = [threading.Thread(target=self._work, name="filler", daemon=True) for _ in more]
-            self._threads += threads
-            self._turn.notify_all()
-        for thread in threads:  # the first of them reads before the last has begun
-            thread.start()
+        self._man()
 
     def cancel(self, fill: Fill, why: str) -> None:
         """End a fill early."""
         with self._turn:
             fill.cancel(why)
+            self._sort_out()
+        self._man()
+
+    def _man(self) -> None:
+        """As many threads as may read, beside those that may never come back."""
+        with self._turn:
+            more = range(self._config.depth + self._lost - len(self._threads))
+            threads = [threading.Thread(target=self._work, name="filler", daemon=True) for _ in more]
+            self._threads += threads
             self._turn.notify_all()
+        for thread in threads:  # the first of them reads before the last has begun
+            thread.start()
 
     def halt(self, halted: bool) -> None:
         """Begin no read for now, or go on."""
@@ -216,10 +225,9 @@ class Filler:
             return None
 
     def _depth(self) -> int:
-        """How many reads may be under way."""
-        if any(fill.awaited for fill in self._fills):
-            return max(1, min(self._config.depth, _AWAITED_BYTES // self._each_bytes))
-        return self._config.depth
+        """How many reads may be under way: one for each model at least."""
+        models = len(self._fills) + len(self._leaving)
+        return min(self._config.depth, max(models, _UNDER_WAY_BYTES // self._each_bytes))
 
     def _sort_out(self) -> None:
         """Take fills of which nothing is left to begin out of the turn."""
@@ -227,6 +235,12 @@ class Filler:
             self._fills.remove(fill)
             self._look_elsewhere()
             fill.exhausted = True
+            if fill.cancelled:  # what of it never ends is to hold up nobody else
+                fill.written_off = fill.working
+                self._working -= fill.working
+                self._lost += fill.working
+            elif fill.working:
+                self._leaving.add(fill)
             if not fill.working:
                 self._ended.append(fill)
 
@@ -306,8 +320,13 @@ class Filler:
         with self._turn:
             self._pace.ended(read_bytes)
             fill.working -= 1
-            self._working -= 1
+            if fill.written_off:
+                fill.written_off -= 1
+                self._lost -= 1
+            else:
+                self._working -= 1
             if fill.exhausted and not fill.working:
+                self._leaving.discard(fill)
                 self._ended.append(fill)
             self._turn.notify()
 

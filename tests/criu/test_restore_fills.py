@@ -203,9 +203,21 @@ def flip(it: Commands) -> str:
     return path
 
 
+@pytest.fixture
+def plain_hasher(tmp_path: Path, it: Commands) -> Iterator[tuple[Target, str]]:
+    """As `hasher`, of which CRIU's images are kept."""
+    with target(HASHES, tmp_path) as one:
+        before = one.said()
+        it.told("create", "warm", "--plain", "--pid", str(one.pid))
+        one.process.wait(10)
+        yield one, before
+
+
 @pytest.mark.parametrize("options", [[], ["--plain"]], ids=["page server", "plain"])
-def test_a_flipped_byte_in_memory_is_never_run(options: list[str], it: Commands, hasher: tuple[Target, str]) -> None:
-    one, _ = hasher
+def test_a_flipped_byte_in_memory_is_never_run(
+    options: list[str], it: Commands, plain_hasher: tuple[Target, str]
+) -> None:
+    one, _ = plain_hasher
     path = flip(it)
     assert os.path.basename(path).startswith("pages-")
     error = it.refused("restore", "warm", *options, code=4)
@@ -214,8 +226,8 @@ def test_a_flipped_byte_in_memory_is_never_run(options: list[str], it: Commands,
     assert it.told("recover")["recovered"] == []
 
 
-def test_unverified_it_is_run(it: Commands, hasher: tuple[Target, str]) -> None:
-    one, _ = hasher
+def test_unverified_it_is_run(it: Commands, plain_hasher: tuple[Target, str]) -> None:
+    one, _ = plain_hasher
     flip(it)
     assert it.told("restore", "warm", "--no-verify")["verified"] is None
     assert start_ticks(one.pid) is not None
@@ -223,9 +235,9 @@ def test_unverified_it_is_run(it: Commands, hasher: tuple[Target, str]) -> None:
 
 @pytest.mark.parametrize("is_damaged", [False, True], ids=["sound", "damaged"])
 def test_nothing_is_let_go_before_all_is_verified(
-    is_damaged: bool, tmp_path: Path, it: Commands, hasher: tuple[Target, str]
+    is_damaged: bool, tmp_path: Path, it: Commands, plain_hasher: tuple[Target, str]
 ) -> None:
-    one, before = hasher
+    one, before = plain_hasher
     (tmp_path / "sitecustomize.py").write_text(WAITS)
     (tmp_path / "held").touch()
     if is_damaged:
@@ -244,9 +256,9 @@ def test_nothing_is_let_go_before_all_is_verified(
 
 
 def test_a_command_that_is_told_to_end_does_not_wait_for_the_verification(
-    tmp_path: Path, it: Commands, hasher: tuple[Target, str]
+    tmp_path: Path, it: Commands, plain_hasher: tuple[Target, str]
 ) -> None:
-    one, _ = hasher
+    one, _ = plain_hasher
     (tmp_path / "sitecustomize.py").write_text(WAITS)
     (tmp_path / "held").touch()
     with it.start("restore", "warm") as command:
@@ -257,8 +269,8 @@ def test_a_command_that_is_told_to_end_does_not_wait_for_the_verification(
     wait_until(lambda: is_gone(one.pid), "nothing that was restored is left")
 
 
-def test_phases_are_all_of_the_time(it: Commands, hasher: tuple[Target, str]) -> None:
-    _, _ = hasher
+def test_phases_are_all_of_the_time(it: Commands, plain_hasher: tuple[Target, str]) -> None:
+    _, _ = plain_hasher
     started = time.monotonic()
     back = it.told("restore", "warm")
     took = time.monotonic() - started

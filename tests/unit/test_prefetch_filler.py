@@ -187,6 +187,31 @@ def test_a_read_that_never_returns_holds_up_its_thread_alone(
     assert waits.ended.wait(SOON_S)
 
 
+def test_a_read_that_never_returns_holds_up_nobody_once_it_was_cancelled(
+    file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, let_go, stand = os.sendfile, threading.Event(), threading.Semaphore(0)
+
+    def stuck(out: int, fd: int, offset: int, count: int) -> int:
+        if offset < CHUNK_BYTES:
+            stand.release()
+            let_go.wait(SOON_S)
+        return real(out, fd, offset, count)
+
+    monkeypatch.setattr(os, "sendfile", stuck)
+    monkeypatch.setattr(Disks, "read_ahead_bytes", lambda self: 128 << 10)
+    filler = Filler(FillerConfig(depth=2))
+    waits = begin(filler, file, (0, 4096), (4096, 4096))
+    assert all(stand.acquire(timeout=SOON_S) for _ in range(2))
+    filler.cancel(waits, "it does not answer")
+    begun = begin(filler, file, (CHUNK_BYTES, 1 << 20))
+    assert begun.ended.wait(SOON_S)
+    assert not waits.ended.is_set()
+    let_go.set()
+    assert waits.ended.wait(SOON_S)
+    filler.close()
+
+
 def test_two_models_take_turns(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
     filler, order = Filler(FillerConfig(depth=1)), list[str]()
 
@@ -247,7 +272,7 @@ def test_beside_a_demand_read_few_are_under_way(file: int, monkeypatch: pytest.M
     assert most[0] <= 2
 
 
-def test_for_a_loader_that_waits_little_is_under_way(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_much_is_under_way_as_the_kernel_reads_ahead_allows(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
     under_way, most, lock = [0], [0], threading.Lock()
 
     def counted(self: Filler, fill: Fill, chunk: Extent, sink: int) -> int:
@@ -264,7 +289,7 @@ def test_for_a_loader_that_waits_little_is_under_way(file: int, monkeypatch: pyt
     monkeypatch.setattr(linux, "reports_free_pages", lambda: True)
     filler = Filler(FillerConfig(depth=8))
     parts = (Extent("f", number * CHUNK_BYTES, CHUNK_BYTES) for number in range(40))
-    fill = Fill(parts, {"f": file}, lambda: None, awaited=True)
+    fill = Fill(parts, {"f": file}, lambda: None)
     filler.start(fill)
     assert fill.ended.wait(SOON_S)
     filler.close()

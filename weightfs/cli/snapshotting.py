@@ -11,7 +11,6 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
@@ -189,11 +188,13 @@ def tools(phases: Phases | None = None) -> Iterator[Tools]:
     Args:
         phases: of the command: finding the tools is one, and giving them up.
     """
-    from checkpoint import recovery
     from checkpoint.phases import Phases
-    from checkpoint.tools import found
 
     phases = phases or Phases()
+    with phases.phase("start"):
+        from checkpoint import recovery
+        from checkpoint.tools import found
+
     if os.geteuid() != 0:
         raise UnfitError("snapshots need root: CRIU reads and writes other processes", mend="run it as root")
     if missing := [name for name, number in _NEEDED if not linux.has_capability(number)]:
@@ -292,8 +293,8 @@ def _say_restored(back: Restored, seconds: dict[str, float], *, as_json: bool) -
             "pid": back.pid,
             "phases": seconds,
             "bytes": {"logical": back.manifest.bytes_logical, "read": back.bytes_read},
-            "memory": asdict(back.filled) if back.filled is not None else None,
-            "verified": asdict(back.verified) if back.verified is not None else None,
+            "memory": msgspec.to_builtins(back.filled),
+            "verified": msgspec.to_builtins(back.verified),
             "warnings": back.warnings,
             "differences": [msgspec.to_builtins(one) for one in back.differences],
         }
