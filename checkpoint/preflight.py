@@ -40,6 +40,7 @@ def examine(
     weights_roots: Iterable[str] = (),
     store: str | None = None,
     gpu_bytes: int = 0,
+    in_memory: bool = False,
     proc: str = PROC,
 ) -> list[Finding]:
     """Everything that stands in the way of a snapshot of a tree, the fatal first.
@@ -51,6 +52,7 @@ def examine(
         weights_roots: folders below which files are weights, such as mountpoints.
         store: the folder that the images go to; its free space is looked at.
         gpu_bytes: GPU memory that moves to host memory when the GPU state is checkpointed.
+        in_memory: CRIU dumps into memory, not into the store.
         proc: where /proc is.
     """
     if sockets is None:
@@ -68,7 +70,7 @@ def examine(
     needed = (one for one in attachments_of(running, sockets) if one.needed and one.path != os.devnull)
     found += [_of_an_attachment(one) for one in needed]
     found += gpu_findings(running, sockets)
-    found += memory_findings(running, store=store, gpu_bytes=gpu_bytes, proc=proc)
+    found += memory_findings(running, store=store, gpu_bytes=gpu_bytes, in_memory=in_memory, proc=proc)
     return sorted(found, key=lambda one: not one.fatal)
 
 
