@@ -231,14 +231,28 @@ def _restore(
     check: Callable[[], None] | None,
     inherited: Sequence[int],
 ) -> int:
-    with _work_folder(work) as folder:
+    with _work_folder(work) as folder, _each_its_own(options.inherit) as inherit:
         pid_file = os.path.join(folder, PID_FILE)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(pid_file)
-        passed = [*inherited, *(fd for fd, _ in options.inherit)]
-        _run("restore", restore_argv(criu, images, options, work=folder), folder, timeout_s, passed, check)
+        argv = restore_argv(criu, images, replace(options, inherit=inherit), work=folder)
+        _run("restore", argv, folder, timeout_s, [*inherited, *(fd for fd, _ in inherit)], check)
         with open(pid_file) as file:
             return int(file.read())
+
+
+@contextlib.contextmanager
+def _each_its_own(inherit: Sequence[tuple[int, str]]) -> Iterator[tuple[tuple[int, str], ...]]:
+    """The same, with a duplicate where a descriptor stands for a second resource: CRIU can take each only once."""
+    pairs: list[tuple[int, str]] = []
+    with contextlib.ExitStack() as held:
+        for fd, resource in inherit:
+            own = fd
+            if any(fd == taken for taken, _ in pairs):
+                own = os.dup(fd)
+                held.callback(os.close, own)
+            pairs.append((own, resource))
+        yield tuple(pairs)
 
 
 def restored_pid(work: str) -> int | None:
