@@ -55,7 +55,7 @@ from checkpoint.readiness import Readiness
 from checkpoint.store import Store
 from checkpoint.tools import Tools
 from checkpoint.verification import Verification, Verified
-from checkpoint.weights import check_weights, unchanged_since
+from checkpoint.weights import check_weights, seen_by, unchanged_since
 
 _CRIU_S: Final = 120.0
 _REPLACED_S: Final = 30.0
@@ -161,7 +161,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
             pairs, moved = destination.require_gpus(manifest, tools.cuda)
             found += moved
         with phases.phase("weights"):
-            weights = check_weights(manifest, cache=tools.cache)
+            weights = check_weights(manifest, cache=tools.cache, root=options.root or "/")
         if verification is not None:
             with phases.phase("verify"):
                 verification.others()
@@ -188,6 +188,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
                 if instance is not None:
                     pid = instance.pids()[inside]
                 journal.at("letting go", tree=processes.family(pid), root=pid)
+                weights = seen_by(pid, manifest, weights, root=options.root or "/")
                 _let_go(manifest, entry.tree, weights, tools, phases, instance, pairs)
                 if options.ready is not None:
                     journal.at("ready")
