@@ -162,6 +162,8 @@ class PackWriter:
             self._counts[name] += count
 
     def _require_whole(self) -> None:
+        if isinstance(self._fault, CheckpointError):
+            raise self._fault
         if self._fault is not None:
             raise CheckpointError("chunks can't be added", path=self._folder.path) from self._fault
 

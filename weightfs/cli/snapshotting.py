@@ -111,7 +111,7 @@ def restore(
     wait_url: WaitUrl = None,
     timeout: Annotated[float, typer.Option(help="Seconds for CRIU, and again until it answers.")] = 120.0,
     log: Log = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare the images' digests.")] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare the digests of a plain one.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="No page server: CRIU reads memory back itself.")] = False,
     root: Annotated[str | None, typer.Option(help="Where its container's root filesystem is mounted.")] = None,
     new_pidns: Annotated[
