@@ -284,18 +284,28 @@ class Scheduler:
             if self._ahead is not None:
                 self._ahead.wanted(key)
 
-    def _begin(self, key: Key, wish: Wish) -> Standing | None:
+    def _joined(self, key: Key, wish: Wish) -> Standing | None:
+        """What is read, or was just now, for others who wished for it."""
         now = time.monotonic()
         with self._lock:
             known = self._models.get(key)
-            if known is not None and is_served(known, wish, now):
-                if wish.target is None:
-                    known.wanted_s = now
-                    known.load.opened(now, wish.trigger)
-                known.awaited = known.awaited or wish.opens_weights
-                if known.fill is not None:
-                    known.fill.awaited = known.awaited
-                return known
+            if known is None or not is_served(known, wish, now):
+                return None
+            if wish.target is None:
+                known.wanted_s = now
+                known.load.opened(now, wish.trigger)
+            is_awaited_now = wish.opens_weights and not known.awaited
+            if is_awaited_now:
+                known.awaited = True
+            if known.fill is not None:
+                known.fill.awaited = known.awaited
+        if is_awaited_now:
+            self._underway.glance(known)
+        return known
+
+    def _begin(self, key: Key, wish: Wish) -> Standing | None:
+        if (known := self._joined(key, wish)) is not None:
+            return known
         opened = self._shelf.open(*key)
         if opened is None:
             return None
@@ -356,6 +366,8 @@ class Scheduler:
         end = functools.partial(self._end, standing, opened, before)
         fill = standing.fill = Fill(Course(plan.extents(labels)), opened.fds, end, standing.awaited)
         self._underway.add(standing, opened)
+        if wish.opens_weights:
+            self._underway.glance(standing)
         if len(affordable) < len(wanted):
             fill.failure = f"the budget of {self._config.budget_bytes} bytes has room for {left} of {need}"
         self._filler_of(standing).start(fill)

@@ -16,6 +16,7 @@ from typing import Final
 
 from prefetch.course import Lookout
 from prefetch.filler import Fill
+from prefetch.glances import glance
 from prefetch.occupancy import OpenedModel
 from prefetch.plan import Extent
 from prefetch.residency import resident_bytes, resident_of
@@ -88,6 +89,12 @@ class Underway:
         standing.load.sample(time.monotonic(), model.found)
         if fill is not None and fill.submitted_at is not None:
             standing.load.submitted(fill.submitted_at)
+
+    def glance(self, standing: Standing) -> None:
+        """Have the first page of each tensor read of one whose loader has its weights open now."""
+        with self._lock:
+            if (model := self._models.get(standing)) is not None:
+                glance(model.opened.layout.tensors, model.opened.fds)
 
     def elsewhere(self) -> list[tuple[Fill, Extent]]:
         """Fills whose loader waits for them and reads elsewhere, and where each is to go on."""
