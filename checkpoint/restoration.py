@@ -364,8 +364,9 @@ def _counted(manifest: Manifest, tools: Tools) -> list[str]:
     except OSError:
         return []
     if before and not manifest.hooks:
+        times = "once" if before == 1 else f"{before} times"
         return [
-            f"snapshot {manifest.name} has been restored {before} times before: its clones share random state, TLS "
+            f"snapshot {manifest.name} has been restored {times} before: its clones share random state, TLS "
             "sessions and tokens unless hooks (checkpoint.on_restore) renew them"
         ]
     return []
