@@ -202,8 +202,13 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
     )
 
 
-def undo(entry: Entry) -> None:
+def undo(entry: Entry, *, later: bool = False) -> None:
     """End what a restore has brought back so far, from wherever it stopped.
+
+    Args:
+        entry: of its journal.
+        later: its command has died, who knows when: where only CRIU has told of the root, the pid may be somebody
+            else's since. A tree that nobody let go is stopped.
 
     Raises:
         CheckpointError: CRIU, which goes on when its command has died, does not end; or a process does not.
@@ -213,7 +218,9 @@ def undo(entry: Entry) -> None:
     elif entry.step == "restoring" and not entry.own_pids:
         criu.wait_for(entry.images, _CRIU_S)
         pid = criu.restored_pid(entry.work)
-        if pid is not None and (since := start_ticks(pid)) is not None and since >= entry.since_ticks:
+        if pid is None or (since := start_ticks(pid)) is None or since < entry.since_ticks:
+            return
+        if not later or processes.is_stopped(pid):
             control.end_all([(pid, since)])
 
 
