@@ -6,6 +6,7 @@
     locking         CUDA processes are unlocked
     checkpointing   their GPU memory is brought back, they are unlocked
     dumping         CRIU is ended; the tree is let go, and as above
+    ingesting       as above; chunks that were added are garbage, until a snapshot needs them
     committing      as above; the draft is removed
     committed       nothing: completed by `finishing`
     finishing       completed: the tree is ended, or let go on where that was asked for
@@ -25,9 +26,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from checkpoint import attachments, control, criu, criu_command, in_use, points, processes, programs, stdio
+from checkpoint.candidates import candidates
+from checkpoint.chunks.keys import MasterKey
 from checkpoint.errors import CheckpointError, CudaError, RetryError, TargetError
 from checkpoint.findings import Finding
 from checkpoint.journal import Entry, Journal
+from checkpoint.keeping import Keeping, keeping_in
 from checkpoint.machine import fingerprint_here
 from checkpoint.manifest import Manifest
 from checkpoint.phases import Phases
@@ -36,7 +40,7 @@ from checkpoint.processes import Process, start_ticks
 from checkpoint.states import State
 from checkpoint.store import Draft, Snapshot, Store
 from checkpoint.tools import Tools
-from checkpoint.weights import identify, unchanged_since
+from checkpoint.weights import unchanged_since
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +54,9 @@ class CreateOptions:
         point: the folder through which the process speaks with us, None where it does not.
         command: what it was started with, where that is known: a script's interpreter, or a title, is in its own
             command line.
+        plain: CRIU's images are kept as they are.
+        master: the key to encrypt with; None where nothing is encrypted.
+        weights: weight files, or folders of them, that the process has read and may have closed.
     """
 
     leave_running: bool = False
@@ -57,6 +64,9 @@ class CreateOptions:
     timeout_s: float = 120.0
     point: str | None = None
     command: Sequence[str] = ()
+    plain: bool = False
+    master: MasterKey | None = None
+    weights: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,11 +139,20 @@ def create(
         with phases.phase("store"):
             store.recover()  # a signal just after `begin` leaves a draft that nobody knows of
             draft = held.enter_context(store.begin(name, replace=options.replace))
-        return _create(tree, draft, tools, options, phases, journal)
+            keeping = held.enter_context(
+                keeping_in(draft, journal.entry.work, tools.state, plain=options.plain, master=options.master)
+            )
+        return _create(tree, draft, keeping, tools, options, phases, journal)
 
 
 def _create(
-    tree: Sequence[Process], draft: Draft, tools: Tools, options: CreateOptions, phases: Phases, journal: Journal
+    tree: Sequence[Process],
+    draft: Draft,
+    keeping: Keeping,
+    tools: Tools,
+    options: CreateOptions,
+    phases: Phases,
+    journal: Journal,
 ) -> Created:
     entry = journal.entry
     gpu_bytes: dict[str, int] = {}
@@ -144,15 +163,11 @@ def _create(
             gpu_models = {one.uuid: one.name for one in tools.cuda.devices()}
     with phases.phase("weights"):
         seen = in_use.mounts_seen(entry.root)
-        paths = in_use.weight_files(tree, (one.mountpoint for one in seen))
-        weights = identify(
-            paths,
-            mountpoints=[one.mountpoint for one in seen],
-            cache=tools.cache,
-            root=f"/proc/{entry.root}/root",
+        weights = candidates(
+            tree, seen, tools.cache, plain=options.plain, command=options.command, given=options.weights
         )
     with phases.phase("programs"):
-        mapped = set(programs.mapped(tree)) - set(paths)
+        mapped = set(programs.mapped(tree)) - set(weights.paths)
         code = programs.identify(sorted(mapped), cache=tools.cache, root=f"/proc/{entry.root}/root")
     with phases.phase("examine"):
         found = examine(
@@ -161,6 +176,7 @@ def _create(
             weights_roots=[one.mountpoint for one in seen],
             store=os.path.dirname(draft.folder),
             gpu_bytes=sum(gpu_bytes.values()),
+            in_memory=not options.plain,
         )
         dumped = criu_command.options_for(tree)
         replaced, outside = stdio.resources(tree), attachments.outside(tree)
@@ -180,13 +196,24 @@ def _create(
             journal.at("checkpointing")
             with phases.phase("cuda checkpoint"):
                 tools.cuda.checkpoint_all(list(entry.cuda))
-        journal.at("dumping", images=draft.images)
+        journal.at("dumping", images=keeping.images)
         with phases.phase("criu dump"):
             stopped = replace(dumped, leave_stopped=True)
-            criu.dump(tools.criu, entry.root, draft.images, stopped, options.timeout_s, work=entry.work)
+            criu.dump(
+                tools.criu,
+                entry.root,
+                keeping.images,
+                stopped,
+                options.timeout_s,
+                work=entry.work,
+                inherited=keeping.inherited,
+            )
         # All are stopped now, with the children they have had since they were looked at.
         stays = processes.family(entry.root) or control.with_descendants(entry.tree)
-        journal.at("committing", id=draft.id, tree=stays)
+        journal.at("ingesting", tree=stays)
+        with phases.phase("ingest"):
+            keeping.take_in(list(weights.identities), needed=len(weights.used.weights))
+        journal.at("committing", id=draft.id)
         with phases.phase("store"):
             unchanged_since(weights.identities)
             said = Manifest(
@@ -210,14 +237,14 @@ def _create(
                     command=options.command or entry.command,
                     root=f"/proc/{entry.root}/root",
                 ),
-                weights=list(weights.weights),
+                weights=weights.weights,
                 programs=code,
                 phases=phases.seconds,
                 hooks=options.point is not None and points.reached(options.point) is not None,
                 point=options.point,
                 criu_options=_kept(_restored_with(dumped, entry.root)),
             )
-            snapshot = draft.commit(said)
+            snapshot = keeping.commit(said)
     except BaseException as failure:
         made = published(entry)
         if made is None:

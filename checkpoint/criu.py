@@ -150,7 +150,16 @@ def _empty_folder() -> str:
     return tempfile.mkdtemp(prefix="weightfs-no-criu-plugins-")
 
 
-def dump(criu: Criu, pid: int, images: str, options: DumpOptions, timeout_s: float, *, work: str | None = None) -> None:
+def dump(
+    criu: Criu,
+    pid: int,
+    images: str,
+    options: DumpOptions,
+    timeout_s: float,
+    *,
+    work: str | None = None,
+    inherited: Sequence[int] = (),
+) -> None:
     """Write the tree of `pid` to the folder `images`; the tree ends, unless it is to be left running.
 
     When it fails, the tree goes on as it was.
@@ -162,6 +171,7 @@ def dump(criu: Criu, pid: int, images: str, options: DumpOptions, timeout_s: flo
         options: see `options_for`.
         timeout_s: for all of it.
         work: an existing folder for `dump.log` and `stats-dump`; without, they are not kept.
+        inherited: descriptors that CRIU needs, as for a folder that is reached through `/proc/self/fd`.
 
     Raises:
         TargetError: something the process has can't be dumped: what, and what to do.
@@ -172,7 +182,7 @@ def dump(criu: Criu, pid: int, images: str, options: DumpOptions, timeout_s: flo
         raise TargetError(f"there is no process {pid}", mend="ps -e shows those there are")
     options = replace(options, timeout_s=max(1, min(options.timeout_s, int(timeout_s))))
     with _work_folder(work) as folder:
-        _run("dump", dump_argv(criu, pid, images, options, work=folder), folder, timeout_s)
+        _run("dump", dump_argv(criu, pid, images, options, work=folder), folder, timeout_s, inherited)
 
 
 def restore(
@@ -183,6 +193,7 @@ def restore(
     *,
     work: str | None = None,
     check: Callable[[], None] | None = None,
+    inherited: Sequence[int] = (),
 ) -> int:
     """Bring back the tree in the folder `images`; gives the pid of its root, which runs (or is stopped, if asked for).
 
@@ -195,6 +206,7 @@ def restore(
         timeout_s: for all of it.
         work: an existing folder for `restore.log` and `stats-restore`; without, they are not kept.
         check: called many times while CRIU works; when it raises, CRIU waits in vain and is ended.
+        inherited: descriptors that CRIU needs besides those of `options`.
 
     Raises:
         CriuError: CRIU failed: why, and what to do.
@@ -203,7 +215,7 @@ def restore(
     ends = time.monotonic() + timeout_s
     while True:
         try:
-            return _restore(criu, images, options, ends - time.monotonic(), work, check)
+            return _restore(criu, images, options, ends - time.monotonic(), work, check, inherited)
         except PidTakenError as e:
             # Init, or whoever started it, may be slow to wait for a process that was dumped.
             if not _is_waited_for(e.pid, min(ends, time.monotonic() + _ENDING_S)):
@@ -217,15 +229,30 @@ def _restore(
     timeout_s: float,
     work: str | None,
     check: Callable[[], None] | None,
+    inherited: Sequence[int],
 ) -> int:
-    with _work_folder(work) as folder:
+    with _work_folder(work) as folder, _each_its_own(options.inherit) as inherit:
         pid_file = os.path.join(folder, PID_FILE)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(pid_file)
-        inherited = [fd for fd, _ in options.inherit]
-        _run("restore", restore_argv(criu, images, options, work=folder), folder, timeout_s, inherited, check)
+        argv = restore_argv(criu, images, replace(options, inherit=inherit), work=folder)
+        _run("restore", argv, folder, timeout_s, [*inherited, *(fd for fd, _ in inherit)], check)
         with open(pid_file) as file:
             return int(file.read())
+
+
+@contextlib.contextmanager
+def _each_its_own(inherit: Sequence[tuple[int, str]]) -> Iterator[tuple[tuple[int, str], ...]]:
+    """The same, with a duplicate where a descriptor stands for a second resource: CRIU can take each only once."""
+    pairs: list[tuple[int, str]] = []
+    with contextlib.ExitStack() as held:
+        for fd, resource in inherit:
+            own = fd
+            if any(fd == taken for taken, _ in pairs):
+                own = os.dup(fd)
+                held.callback(os.close, own)
+            pairs.append((own, resource))
+        yield tuple(pairs)
 
 
 def restored_pid(work: str) -> int | None:

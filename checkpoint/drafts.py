@@ -15,7 +15,7 @@ from checkpoint import guarded, manifest
 from checkpoint.digests import digest_files, sync_files
 from checkpoint.errors import CheckpointError
 from checkpoint.manifest import ImageFile, Manifest
-from checkpoint.snapshots import IMAGES, MANIFEST, Snapshot
+from checkpoint.snapshots import IMAGES, MANIFEST, RECIPES, Snapshot
 
 
 class Draft:
@@ -58,14 +58,15 @@ class Draft:
 
     @property
     def images(self) -> str:
-        """The empty folder for CRIU to write to; all that is in it at `commit` belongs to the snapshot."""
+        """The empty folder for CRIU to write to; all that is in it at `commit` belongs to a plain snapshot."""
         return os.path.join(self.folder, IMAGES)
 
-    def commit(self, said: Manifest) -> Snapshot:
-        """Digest the images, write the manifest, wait until all is on the disk, and give it its name.
+    def commit(self, said: Manifest, *, sealed: Callable[[bytes], bytes] | None = None) -> Snapshot:
+        """Write the manifest and what it tells of, wait until all is on the disk, and give it its name.
 
         Args:
-            said: `name` and `id` are this draft's; `files` and `bytes_logical` are filled in.
+            said: `name` and `id` are this draft's; of a plain one, `files` and `bytes_logical` are filled in.
+            sealed: gives the recipes, bound to a manifest's content; None for a plain one, whose images are digested.
 
         Raises:
             SnapshotNameError: there is one of that name already, which is not to be replaced.
@@ -77,9 +78,14 @@ class Draft:
         if (said.name, said.id) != (self.name, self.id):
             raise ValueError(f"the manifest is of {said.name} {said.id}, not of {self.name} {self.id}")
         try:
-            files = self._finish_images()
-            complete = msgspec.structs.replace(said, files=files, bytes_logical=sum(file.nbytes for file in files))
-            _write(os.path.join(self.folder, MANIFEST), manifest.encode(complete))
+            if sealed is None:
+                files = self._finish_images()
+                said = msgspec.structs.replace(said, files=files, bytes_logical=sum(file.nbytes for file in files))
+            content = manifest.encode(said)
+            _write(os.path.join(self.folder, MANIFEST), content)
+            if sealed is not None:
+                _write(os.path.join(self.folder, RECIPES), sealed(content))
+                os.rmdir(self.images)
             _sync_folder(self.folder)
         except OSError as e:
             raise guarded.unwritable(e.filename or self.folder, e) from e

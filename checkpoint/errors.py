@@ -5,6 +5,7 @@ WeightfsError
     ├── TargetError              exit 1    the process can't be checkpointed as it is: carries why and what to do
     ├── CriuError                exit 1    CRIU failed; carries the end of its log
     ├── CudaError                exit 1    the driver refused; carries its code and which pid is stuck where
+    ├── MasterKeyError           exit 1    the key can't be had: no such file, others may read it, a command failed
     ├── SnapshotNameError        exit 1    no snapshot of that name, or one already
     ├── MisfitError              exit 3    the snapshot does not fit this machine; carries what differs
     ├── CorruptError             exit 4    bytes of a snapshot, or weights it refers to, are not what they were
@@ -81,6 +82,12 @@ class SnapshotNameError(CheckpointError):
     """No snapshot of that name, or one already."""
 
     code: ClassVar[str] = "name"
+
+
+class MasterKeyError(CheckpointError):
+    """The key that snapshots are sealed with can't be had. One that is had, but does not fit, is a CorruptError."""
+
+    code: ClassVar[str] = "key"
 
 
 class MisfitError(CheckpointError, UnfitError):

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from typing import Final
 
 from checkpoint import userfaultfd
-from checkpoint.errors import CheckpointError, CorruptError
+from checkpoint.errors import CheckpointError
 from checkpoint.gate import Gate
 from checkpoint.page_plan import Plan, Run
 from checkpoint.pagemap import Memory
+from checkpoint.pages import PageImage
 from checkpoint.userfaultfd import PAGE_BYTES, Event
 
 PIECE_BYTES: Final = 2 << 20
@@ -41,21 +42,9 @@ class Buffer:
         self._view = memoryview(self._memory)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
 
-    def read(self, fd: int, offset: int, nbytes: int, path: str) -> None:
-        """Read bytes of an image, `PIECE_BYTES` at most.
-
-        Raises:
-            CorruptError: it ends before, or can't be read.
-        """
-        done = 0
-        while done < nbytes:
-            try:
-                count = os.preadv(fd, [self._view[done:nbytes]], offset + done)
-            except OSError as e:
-                raise CorruptError(f"can't be read: {e.strerror}", path=path, mend="see the kernel's log") from e
-            if not count:
-                raise CorruptError("was cut short while it was read", path=path, mend="make the snapshot anew")
-            done += count
+    def read(self, pages: PageImage, offset: int, nbytes: int) -> None:
+        """Read bytes of an image, `PIECE_BYTES` at most; errors are those of `PageImage.read`."""
+        pages.read(self._view[:nbytes], offset)
 
 
 class Filling:
@@ -68,7 +57,7 @@ class Filling:
     Args:
         memory: what is to be filled in.
         fd: its userfaultfd; `close` closes it.
-        pages: descriptor of `memory.pages`, which the caller closes.
+        pages: the image `memory.pages`, which the caller closes.
         plan: what is left of the plan of the process it was forked from; None for one that was restored.
 
     Attributes:
@@ -79,7 +68,7 @@ class Filling:
         bytes_copied, zero_bytes, faults: so far.
     """
 
-    def __init__(self, memory: Memory, fd: int, pages: int, plan: Plan | None = None) -> None:
+    def __init__(self, memory: Memory, fd: int, pages: PageImage, plan: Plan | None = None) -> None:
         self.memory = memory
         self.fd = fd
         self.is_child = plan is not None
@@ -178,7 +167,7 @@ class Filling:
             self.zero_bytes += done
         else:
             nbytes = run.end - run.start
-            self._buffer.read(self._pages, run.offset, nbytes, self.memory.pages)
+            self._buffer.read(self._pages, run.offset, nbytes)
             done, why = userfaultfd.copy(self.fd, address, self._buffer.address, nbytes)
             if why == errno.ENOENT:
                 done, why = userfaultfd.copy(self.fd, address, self._buffer.address, PAGE_BYTES)
@@ -206,11 +195,17 @@ class Filling:
                 run = self._plan.first(start, piece.end)
             if run is None:
                 return
-            buffer.read(self._pages, run.offset, run.end - run.start, self.memory.pages)
-            start = self._copy(run, buffer, stopping)
+            is_zero, nbytes = self._pages.zeros(run.offset, run.end - run.start)
+            run = run.part(run.start, run.start + nbytes)
+            if not is_zero:
+                buffer.read(self._pages, run.offset, nbytes)
+            start = self._copy(run, None if is_zero else buffer, stopping)
 
-    def _copy(self, run: Run, buffer: Buffer, stopping: threading.Event) -> int:
-        """Copy what the plan still has of a run that has been read; gives how far that went until the plan changed."""
+    def _copy(self, run: Run, buffer: Buffer | None, stopping: threading.Event) -> int:
+        """Copy what the plan still has of a run, which has been read, or zeros where there is no buffer.
+
+        Gives how far that went until the plan changed.
+        """
         start, limit = run.start, run.end - run.start
         unmapped_since = None
         while start < run.end and not self.has_ended and not stopping.is_set():
@@ -223,9 +218,11 @@ class Filling:
                     return part.start
                 start = part.start
                 nbytes = min(part.end - start, limit)
-                source = buffer.address + start - run.start
-                done, why = userfaultfd.copy(self.fd, start, source, nbytes)
-                self._filled(start, done)
+                if buffer is None:
+                    done, why = userfaultfd.zero(self.fd, start, nbytes)
+                else:
+                    done, why = userfaultfd.copy(self.fd, start, buffer.address + start - run.start, nbytes)
+                self._filled(start, done, is_zero=buffer is None)
             start += done
             if done:
                 unmapped_since = None
@@ -247,12 +244,15 @@ class Filling:
                 raise self._failed(start, why)
         return start
 
-    def _filled(self, start: int, nbytes: int) -> None:
+    def _filled(self, start: int, nbytes: int, *, is_zero: bool = False) -> None:
         """Pages are there, so they leave the plan: if one is missing later, the process has given it up."""
         if nbytes:
             with self._lock:
                 self._plan.remove(start, start + nbytes)
-                self.bytes_copied += nbytes
+                if is_zero:
+                    self.zero_bytes += nbytes
+                else:
+                    self.bytes_copied += nbytes
 
     def _failed(self, address: int, why: int) -> CheckpointError:
         return CheckpointError(

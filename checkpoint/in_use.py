@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
+from checkpoint.errors import CheckpointError
 from checkpoint.manifest import Mount
 from checkpoint.processes import PROC, Process
 
@@ -40,6 +41,59 @@ def weight_files(processes: Sequence[Process], mountpoints: Iterable[str]) -> li
             if path.startswith(below) or (path.endswith(_SUFFIXES) and size >= _LEAST_BYTES):
                 found.add(os.path.normpath(path))
     return sorted(found)
+
+
+def named_weights(
+    arguments: Iterable[str], mountpoints: Iterable[str], *, cwd: str, root: str = "/", given: Iterable[str] = ()
+) -> list[str]:
+    """Weight files that a process may have read and closed: those that its command line names on a weightfs mount.
+
+    A folder that is named stands for all weight files below it.
+
+    Args:
+        arguments: of its command line, as `PATH` or `--option=PATH`.
+        mountpoints: of weightfs mounts, as it sees them.
+        cwd: its working folder.
+        root: its root folder as seen from here.
+        given: paths that count wherever they lie.
+
+    Returns:
+        Absolute paths, as the process sees them, each file once.
+
+    Raises:
+        CheckpointError: a path of `given` is not there.
+    """
+    below = tuple(one.rstrip("/") + "/" for one in mountpoints)
+    paths = (each for one in arguments for each in (one, one.partition("=")[2]))
+    candidates = [os.path.normpath(os.path.join(cwd, each)) for each in paths if each]
+    wanted = [one for one in candidates if f"{one}/".startswith(below)] if below else []
+    for path in given:
+        if not os.path.exists(_seen(root, os.path.abspath(path))):
+            raise CheckpointError("holds no weights: it is not there", path=path)
+        wanted.append(os.path.abspath(path))
+    found: dict[tuple[int, int], str] = {}
+    for path in wanted:
+        for each in _weights_at(path, root):
+            status = os.stat(_seen(root, each))
+            found.setdefault((status.st_dev, status.st_ino), each)
+    return sorted(found.values())
+
+
+def _weights_at(path: str, root: str) -> Iterator[str]:
+    """The weight file of that path, or all below it."""
+    where = _seen(root, path)
+    if os.path.isfile(where):
+        if path.endswith(_SUFFIXES):
+            yield path
+        return
+    for folder, _, names in os.walk(where):
+        for name in names:
+            if name.endswith(_SUFFIXES) and os.path.isfile(os.path.join(folder, name)):
+                yield os.path.normpath(os.path.join(path, os.path.relpath(folder, where), name))
+
+
+def _seen(root: str, path: str) -> str:
+    return os.path.join(root, path.lstrip("/"))
 
 
 def _plain(text: str) -> str:

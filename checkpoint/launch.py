@@ -11,6 +11,7 @@ from checkpoint import control, points, readiness, stdio
 from checkpoint.creation import Created, CreateOptions, create, published, undo
 from checkpoint.errors import CheckpointError
 from checkpoint.journal import Entry, Journal
+from checkpoint.keeping import require_key
 from checkpoint.phases import Phases
 from checkpoint.processes import start_ticks
 from checkpoint.readiness import Readiness
@@ -42,11 +43,13 @@ def create_of_command(
 
     Raises:
         SnapshotNameError: there is one of that name.
+        CorruptError: the key is not that of the store's chunks.
         CheckpointError: it can't be started, or ends too early; and what `creation.create` raises.
         RetryError: it was not ready in time.
     """
     phases = phases or Phases()
     store.require_new(name, replace=options.replace)
+    require_key(store.path, plain=options.plain, master=options.master)
     point = points.make()
     entry = Entry(kind="create", step="starting", name=name, store=store.path, started=True, point=point)
     child: subprocess.Popen[bytes] | None = None

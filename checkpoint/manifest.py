@@ -22,7 +22,7 @@ import msgspec
 from checkpoint.errors import CorruptError, MisfitError, SnapshotNameError
 from checkpoint.fingerprint import Fingerprint
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Of the schema. Whoever adds, removes or reinterprets a key raises it; older ones are still read."""
 
 MOST_BYTES: Final = 64 << 20
@@ -39,6 +39,7 @@ _MANIFEST_AT: Final = _DIGEST_AT + 64 + len(_BEFORE_MANIFEST)
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Id = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+KeyId = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{16})?\Z")]
 
 
 class Mount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -88,17 +89,17 @@ class Program(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class ImageFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A file of the folder `images`.
+    """A file that CRIU wrote.
 
     Attributes:
         name: without any folder.
         nbytes: its size.
-        blake3: of its bytes, 64 hexadecimal digits.
+        blake3: of its bytes, 64 hexadecimal digits; None where recipes stand for it, whose chunks are authenticated.
     """
 
     name: str
     nbytes: Count
-    blake3: Digest
+    blake3: Digest | None = None
 
 
 class Outside(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -143,11 +144,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         fingerprint: the machine it was made on.
         weights: every weight file in use.
         programs: every program and library mapped; empty before version 2.
-        files: every file of the folder `images`; `Draft.commit` fills it in.
+        content: what the snapshot's folder holds: the files that CRIU wrote, or recipes for them.
+        key_id: of the master key that the recipes and their chunks are sealed with, empty where nothing is encrypted.
+        files: every file that CRIU wrote; of plain ones `Draft.commit` fills it in.
         phases: how long each phase of making it took, in seconds, by name.
         point: the folder in which the process waits to be let go, None where it does not.
         hooks: whether the process itself said that it is warm, and so may have reseeded itself.
-        bytes_logical: what a restore reads: the sum of `files`; `Draft.commit` fills it in.
+        bytes_logical: what a restore brings back: the sum of `files`; `Draft.commit` fills it in.
+        bytes_added: by how much its chunks made the store larger; 0 for a plain one.
         criu_options: those that restore needs as well, by name without dashes.
     """
 
@@ -171,11 +175,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     fingerprint: Fingerprint
     weights: list[Weight] = []
     programs: list[Program] = []
+    content: Literal["plain", "recipes"] = "plain"
+    key_id: KeyId = ""
     files: list[ImageFile] = []
     phases: dict[str, float] = {}
     point: str | None = None
     hooks: bool = False
     bytes_logical: Count = 0
+    bytes_added: Count = 0
     criu_options: dict[str, Any] = {}
 
 
@@ -258,6 +265,8 @@ def _fault_of(manifest: Manifest) -> str | None:
             return f"names an image {name!r}"
     if len(set(names)) != len(names):
         return "names an image twice"
+    if manifest.content == "plain" and any(file.blake3 is None for file in manifest.files):
+        return "lacks the digest of an image"
     if manifest.mount is not None and not _is_plain(manifest.mount.mountpoint, absolute=True):
         return f"names a mountpoint {manifest.mount.mountpoint!r}"
     for weight in manifest.weights:

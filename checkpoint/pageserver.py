@@ -16,8 +16,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -25,6 +25,7 @@ from checkpoint.errors import CheckpointError, RetryError
 from checkpoint.filling import Buffer, Filling
 from checkpoint.page_plan import Run
 from checkpoint.pagemap import Memory, memory_of, shared_bytes
+from checkpoint.pages import PageImage, whole
 
 SOCKET: Final = "lazy-pages.socket"
 """Its name in the work folder; CRIU has no option for it."""
@@ -35,6 +36,8 @@ _RESTORED: Final = 0x52535446
 _HANDSHAKE_S: Final = 10.0
 _RETRY_S: Final = 0.001
 _PID: Final = struct.Struct("<i")
+Opened: TypeAlias = dict[str, PageImage]
+"""By path."""
 
 
 class Filled(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +45,7 @@ class Filled(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         bytes_copied: from images.
-        zero_bytes: with zeros, because a process waited for pages that no image has.
+        zero_bytes: with zeros: those of images, and pages that no image has and a process waited for.
         seconds: from CRIU's mark to the last page.
         faults: pages that a process, or the kernel for it, waited for.
     """
@@ -63,17 +66,21 @@ class PageServer:
         images: folder of CRIU's images.
         work: the work folder given to CRIU.
         threads: how many copy; without, one a processor, `MOST_THREADS` at most.
+        opened: gives the page images with these paths; without, they are the files there.
 
     Raises:
         CorruptError: the images are not as CRIU writes them.
     """
 
-    def __init__(self, images: str, work: str, *, threads: int | None = None) -> None:
+    def __init__(
+        self, images: str, work: str, *, threads: int | None = None, opened: Callable[[Sequence[str]], Opened] = whole
+    ) -> None:
         self._memories = {memory.pid: memory for memory in memory_of(images)}
         self._work = work
         self._threads = threads or min(len(os.sched_getaffinity(0)), MOST_THREADS)
         self._fillings: list[Filling] = []
-        self._pages: dict[str, int] = {}
+        self._opened = opened
+        self._pages: Opened = {}
         self._pieces: queue.SimpleQueue[tuple[Filling, Run] | None] = queue.SimpleQueue()
         self._state = threading.Condition()
         self._pending = 0
@@ -87,6 +94,15 @@ class PageServer:
         self._running: list[threading.Thread] = []
 
     @property
+    def lazy(self) -> dict[str, list[tuple[int, int]]]:
+        """What this server fills in: offset and end of each run, by the path of the image."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        for memory in self._memories.values():
+            runs = found.setdefault(memory.pages, [])
+            runs += [(run.offset, run.offset + run.end - run.start) for run in memory.runs]
+        return found
+
+    @property
     def parts_memory(self) -> bool:
         """Whether processes that share much memory since a fork would each have their own: only CRIU alone shares."""
         memories = list(self._memories.values())
@@ -96,9 +112,7 @@ class PageServer:
     def __enter__(self) -> PageServer:
         with contextlib.ExitStack() as undo:
             undo.callback(self._close)
-            for memory in self._memories.values():
-                if memory.pages not in self._pages:
-                    self._pages[memory.pages] = os.open(memory.pages, os.O_RDONLY | os.O_CLOEXEC)
+            self._pages = self._opened([memory.pages for memory in self._memories.values()])
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self._listener = _listening(self._work)
             self._start(self._serve, "page-server")
@@ -117,9 +131,10 @@ class PageServer:
     def _close(self) -> None:
         for filling in self._fillings:
             filling.close()
-        for fd in (*self._pages.values(), self._wake):
-            if fd >= 0:
-                os.close(fd)
+        for image in self._pages.values():
+            image.close()
+        if self._wake >= 0:
+            os.close(self._wake)
         for end in (self._connection, self._listener):
             if end is not None:
                 end.close()

@@ -20,6 +20,8 @@ from checkpoint.processes import PROC, Descriptor, Process, namespaces_of
 from checkpoint.processes import Mapping as Mapped
 from checkpoint.sockets import Socket, outside_peers, sockets_of
 
+_SECRET: Final = "/secretmem"
+_NOBODY_ELSE: Final = "nobody but the process can read it"
 _KNOWN_ANON: Final = frozenset({"eventfd", "eventpoll", "signalfd", "timerfd", "inotify", "fanotify", "pidfd"})
 _ANON: Final = re.compile(r"anon_inode:\[?([^\]]*)\]?")
 _MEMORY_DEVICES: Final = 1
@@ -38,6 +40,7 @@ def examine(
     weights_roots: Iterable[str] = (),
     store: str | None = None,
     gpu_bytes: int = 0,
+    in_memory: bool = False,
     proc: str = PROC,
 ) -> list[Finding]:
     """Everything that stands in the way of a snapshot of a tree, the fatal first.
@@ -49,6 +52,7 @@ def examine(
         weights_roots: folders below which files are weights, such as mountpoints.
         store: the folder that the images go to; its free space is looked at.
         gpu_bytes: GPU memory that moves to host memory when the GPU state is checkpointed.
+        in_memory: CRIU dumps into memory, not into the store.
         proc: where /proc is.
     """
     if sockets is None:
@@ -66,7 +70,7 @@ def examine(
     needed = (one for one in attachments_of(running, sockets) if one.needed and one.path != os.devnull)
     found += [_of_an_attachment(one) for one in needed]
     found += gpu_findings(running, sockets)
-    found += memory_findings(running, store=store, gpu_bytes=gpu_bytes, proc=proc)
+    found += memory_findings(running, store=store, gpu_bytes=gpu_bytes, in_memory=in_memory, proc=proc)
     return sorted(found, key=lambda one: not one.fatal)
 
 
@@ -129,7 +133,11 @@ def _of_a_descriptor(process: Process, one: Descriptor, processes: Sequence[Proc
     elif one.kind == "device" and not _is_known_device(one):
         why = "CRIU can't dump the state of a device"
         yield _fatal("device", process.pid, f"{where} is {one.target}", why, "close it before the snapshot")
-    elif one.kind == "file" and one.can_write and is_unseen(process, one):
+    elif one.is_deleted and one.target == _SECRET:
+        yield _fatal(
+            "secret-memory", process.pid, f"{where} is secret memory", _NOBODY_ELSE, "close it before the snapshot"
+        )
+    elif one.kind == "file" and one.can_write and not one.is_deleted and is_unseen(process, one):
         what = f"{where} writes {one.target}, on a mount that it can't see"
         why = "CRIU restores it only onto a file of the mode and size that it has at the dump, which no log keeps"
         mend = "have its output go through a pipe, as container runtimes do, or start it by `weightfs snapshot run`"
@@ -224,9 +232,8 @@ def _of_a_mapping(process: Process, one: Mapped, *, own_ipc: bool) -> Finding | 
         why = "processes outside may share it"
         mend = "have it use POSIX shared memory (shm_open), or run it in an IPC namespace of its own (unshare --ipc)"
         return _fatal("sysv-shm", process.pid, f"System V shared memory is mapped {at}", why, mend)
-    if one.path == "/secretmem":
-        why = "nobody but the process can read it"
-        return _fatal("secret-memory", process.pid, f"secret memory is mapped {at}", why, "unmap it before")
+    if one.path == _SECRET:
+        return _fatal("secret-memory", process.pid, f"secret memory is mapped {at}", _NOBODY_ELSE, "unmap it before")
     if one.path == "anon_inode:[io_uring]":
         mend = "have the program not use io_uring, or unmap it before"
         return _fatal("io-uring", process.pid, f"an io_uring is mapped {at}", "CRIU can't dump one", mend)

@@ -45,27 +45,28 @@ def available_bytes(*, proc: str = PROC) -> int:
 
 
 def memory_findings(
-    processes: Sequence[Process], *, store: str | None, gpu_bytes: int, proc: str = PROC
+    processes: Sequence[Process], *, store: str | None, gpu_bytes: int, in_memory: bool = False, proc: str = PROC
 ) -> Iterator[Finding]:
-    """Too little room for the images, too little memory for what comes from the GPU.
+    """Too little room for the images, too little memory for them and for what comes from the GPU.
 
     Args:
         processes: the whole tree.
-        store: where the images go; None where that is not known.
+        store: where the images go, or what is made of them; None where that is not known.
         gpu_bytes: what the driver moves to host memory.
+        in_memory: CRIU dumps into memory, and the store takes what is new to it, compressed.
         proc: where /proc is.
     """
-    needed = private_bytes(processes, proc=proc) + gpu_bytes
+    images = private_bytes(processes, proc=proc) + gpu_bytes
     root = processes[0].pid if processes else 0
     if store is not None:
         status = os.statvfs(store)
         free = status.f_bavail * status.f_frsize
-        if needed + _SPARE_BYTES > free:
+        if _SPARE_BYTES + (0 if in_memory else images) > free:
             yield Finding(
                 code="store-space",
                 pid=root,
-                what=f"its memory is up to {needed >> 20} MiB, and {store} has {free >> 20} MiB free",
-                why="the images would not fit",
+                what=f"its memory is up to {images >> 20} MiB, and {store} has {free >> 20} MiB free",
+                why="the images would not fit" if not in_memory else "there is no room for a snapshot",
                 mend="make room (weightfs snapshot prune), or name another store with --store",
                 fatal=True,
             )
@@ -77,6 +78,15 @@ def memory_findings(
             what=f"{gpu_bytes >> 20} MiB of GPU memory have to be held, and {available >> 20} MiB of memory are free",
             why="the driver keeps it in host memory while the process is dumped",
             mend="release weights before the snapshot, or end something else",
+            fatal=True,
+        )
+    elif in_memory and images + gpu_bytes + _SPARE_BYTES > available:
+        yield Finding(
+            code="memory",
+            pid=root,
+            what=f"its memory is up to {images >> 20} MiB, and {available >> 20} MiB of memory are free",
+            why="it is dumped into memory, to be taken into the store from there",
+            mend="end something else, or have CRIU write to the disk (--plain, which is not encrypted)",
             fatal=True,
         )
 

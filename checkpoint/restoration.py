@@ -35,6 +35,7 @@ from checkpoint import (
     stdio,
     userfaultfd,
 )
+from checkpoint.chunks.keys import MasterKey
 from checkpoint.criu_command import options_kept
 from checkpoint.cuda import Pair
 from checkpoint.digests import Identity
@@ -42,14 +43,16 @@ from checkpoint.errors import CheckpointError
 from checkpoint.fingerprint import Difference, compare, require_fit
 from checkpoint.instances import Instance, Published
 from checkpoint.journal import Entry, Journal
+from checkpoint.laying import Laid
 from checkpoint.machine import fingerprint_here
 from checkpoint.manifest import Manifest
 from checkpoint.pagemap import private_pages
 from checkpoint.pageserver import Filled, PageServer
 from checkpoint.phases import Phases
 from checkpoint.processes import start_ticks
+from checkpoint.readable import Readable
 from checkpoint.readiness import Readiness
-from checkpoint.store import Snapshot, Store
+from checkpoint.store import Store
 from checkpoint.tools import Tools
 from checkpoint.verification import Verification, Verified
 from checkpoint.weights import check_weights, seen_by, unchanged_since
@@ -73,6 +76,7 @@ class RestoreOptions(msgspec.Struct, frozen=True, kw_only=True):
         root: where the root filesystem of its container is mounted; None where it has none of its own.
         own_namespaces: it is a second instance, see `instances`.
         ports: published from there.
+        master: the key that the snapshot is encrypted with; None where it must not be encrypted.
     """
 
     ready: Readiness | None = None
@@ -85,6 +89,7 @@ class RestoreOptions(msgspec.Struct, frozen=True, kw_only=True):
     root: str | None = None
     own_namespaces: bool = False
     ports: Sequence[Published] = ()
+    master: MasterKey | None = None
 
 
 class Restored(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,8 +146,9 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
             held.enter_context(store.lock(name, shared=True, timeout_s=_REPLACED_S))
             snapshot = store.open(name)
             manifest = snapshot.manifest
+            readable = Readable(snapshot, tools.state, options.master)
             verification = None
-            if options.verify:
+            if options.verify and readable.is_plain:
                 later = () if options.plain or userfaultfd.reason_against() else private_pages(snapshot.images)
                 verification = held.enter_context(Verification(snapshot, later))
         with phases.phase("fit"):
@@ -163,15 +169,18 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
             kind="restore",
             name=name,
             store=store.path,
-            images=snapshot.images,
             root=manifest.root_pid,
             own_pids=options.own_namespaces,
             since_ticks=int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")),
         )
-        with Journal(entry) as journal, _instance(options, phases) as instance:
+        with contextlib.ExitStack() as inner:
+            journal = inner.enter_context(Journal(entry))
+            instance = inner.enter_context(_instance(options, phases))
+            with phases.phase("lay out"):
+                laid = inner.enter_context(readable.laid_out(entry.work, weights))
             try:
-                journal.at("restoring")
-                inside, filled = _memory_filled(snapshot, entry, tools, options, phases, instance, verification)
+                journal.at("restoring", images=laid.images)
+                inside, filled = _memory_filled(manifest, laid, entry, tools, options, phases, instance, verification)
                 if verification is not None:
                     with phases.phase("verify"):
                         verified = verification.finish()
@@ -242,7 +251,8 @@ def _wait(ready: Readiness, options: RestoreOptions, root: tuple[int, int], inst
 
 
 def _memory_filled(
-    snapshot: Snapshot,
+    manifest: Manifest,
+    laid: Laid,
     entry: Entry,
     tools: Tools,
     options: RestoreOptions,
@@ -251,7 +261,7 @@ def _memory_filled(
     verification: Verification | None,
 ) -> tuple[int, Filled | None]:
     """Restore the tree, stopped; gives the pid of the root, in its instance, and what the page server filled in."""
-    manifest, work = snapshot.manifest, entry.work
+    work = entry.work
     replaced = [(fd, resource, path) for fd, resource, path in manifest.replaced]
     default = os.path.join(stdio.LOGS, f"{manifest.name}.log")
     with contextlib.ExitStack() as held:
@@ -268,13 +278,22 @@ def _memory_filled(
             sibling=options.attached is not None,
             enter=instance.enter if instance is not None else (),
         )
-        server = None if options.plain or userfaultfd.reason_against() else PageServer(snapshot.images, work)
+        server: PageServer | None = None
+        if not options.plain and userfaultfd.reason_against() is None:
+            server = PageServer(laid.images, work, opened=laid.opened)
         if server is None or server.parts_memory:
+            with phases.phase("lay out"):
+                laid.complete({})
             if verification is not None:  # CRIU reads all images
                 with phases.phase("verify"):
                     verification.finish()
             with phases.phase("criu restore"):
-                return criu.restore(tools.criu, snapshot.images, wanted, options.timeout_s, work=work), None
+                pid = criu.restore(
+                    tools.criu, laid.images, wanted, options.timeout_s, work=work, inherited=laid.inherited
+                )
+                return pid, None
+        with phases.phase("lay out"):
+            laid.complete(server.lazy)
         held.enter_context(server)
         wanted = replace(wanted, lazy_pages=True)
 
@@ -285,7 +304,15 @@ def _memory_filled(
 
         try:
             with phases.phase("criu restore"):
-                pid = criu.restore(tools.criu, snapshot.images, wanted, options.timeout_s, work=work, check=check)
+                pid = criu.restore(
+                    tools.criu,
+                    laid.images,
+                    wanted,
+                    options.timeout_s,
+                    work=work,
+                    check=check,
+                    inherited=laid.inherited,
+                )
             with phases.phase("memory"):
                 return pid, server.finish(options.timeout_s)
         except BaseException as e:

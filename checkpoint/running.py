@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from checkpoint import points, readiness
+from checkpoint.chunks.keys import MasterKey
 from checkpoint.creation import CreateOptions, create
 from checkpoint.errors import CheckpointError, SnapshotNameError
 from checkpoint.foreground import Foreground, Interrupted
@@ -50,6 +51,7 @@ class RunOptions:
         replace: also if there is one that could not be restored.
         strict: that one can't be restored is an error.
         verify: whether images are compared with their digests before a restore.
+        master: the key of the snapshot; None where it is not encrypted.
     """
 
     command: Sequence[str]
@@ -60,6 +62,7 @@ class RunOptions:
     replace: bool = False
     strict: bool = False
     verify: bool = True
+    master: MasterKey | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +127,7 @@ def _restored(
                     attached=relay.given,
                     command=options.command,
                     verify=options.verify,
+                    master=options.master,
                 ),
             )
             parent.adopt(back.pid)
@@ -180,6 +184,7 @@ def _snapshot(name: str, options: RunOptions, around: Surroundings, parent: Fore
         timeout_s=options.timeout_s,
         point=point if reached else None,
         command=options.command,
+        master=options.master,
     )
     try:
         with parent.hold(), around.tools() as tools:

@@ -1,9 +1,11 @@
 """Where snapshots lie: a folder each, written under a temporary name, and renamed when it is complete and on the disk.
 
     STORE/                      0700
+        .chunks/, .chunks-open/ see `checkpoint.contents`
         NAME/                   0700; it has this name only when all of it is on the disk
             manifest.json       0600
-            images/             0700; what CRIU wrote, flat
+            images/             0700; what CRIU wrote, flat: of a plain one
+            recipes             0600; of every other: what these files are made of
         .draft.NAME.RANDOM/     being written, or left over by a process that died
         .removed.NAME.RANDOM/   removed or replaced; whoever finds it removes the rest
 
@@ -25,22 +27,29 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from checkpoint import guarded, manifest
+from checkpoint.chunks.keys import MasterKey
 from checkpoint.drafts import Draft
 from checkpoint.errors import CheckpointError, MisfitError, RetryError, SnapshotNameError
 from checkpoint.locking import flock, leads_to
 from checkpoint.snapshots import IMAGES, Snapshot, examined
 from weightfs import linux
 
+if TYPE_CHECKING:
+    from checkpoint.chunks.packs import Pruned
+
 __all__ = ["DEFAULT", "Draft", "Listed", "Snapshot", "Store"]
 
 DEFAULT: Final = "/var/lib/weightfs/snapshots"
 _DRAFT: Final = ".draft."
 _REMOVED: Final = ".removed."
+CHUNKS: Final = ".chunks"
+CHUNKS_OPEN: Final = ".chunks-open"
+"""Folders of packs: of what is encrypted, and of what is not."""
 _STORE_S: Final = 10.0
 _IN_USE_S: Final = 30.0
 """For a restore to end: it holds its snapshot until its process answers."""
@@ -135,12 +144,42 @@ class Store:
         guarded.require_path_ours(self.path)
         return examined(name, folder)
 
-    def verify(self, name: str) -> Snapshot:
-        """A snapshot whose every byte is what was written; errors are those of `open` and `Snapshot.verify`."""
+    def verify(self, name: str, master: MasterKey | None = None) -> Snapshot:
+        """A snapshot whose every byte is what was written; errors are those of `open`, and of reading all of it.
+
+        Args:
+            name: of the snapshot.
+            master: the key it is encrypted with; None where it must not be encrypted.
+        """
+        from checkpoint import contents  # libraries that those who only look at names do not need
+
         with self.lock(name, shared=True):
             snapshot = self.open(name)
-            snapshot.verify()
+            if snapshot.manifest.content == "plain":
+                contents.require_not_encrypted(snapshot, master)
+                snapshot.verify()
+            else:
+                contents.Vault(self.path, master).verify(snapshot)
             return snapshot
+
+    def collect(self, master: MasterKey | None) -> Pruned:
+        """Remove chunks that no snapshot needs.
+
+        Args:
+            master: the key they are encrypted with; None for those that are not.
+
+        Raises:
+            RetryError: a snapshot is being made.
+            CorruptError: the recipes of one can't be read, so that what it needs is not known.
+            CheckpointError: chunks can't be read or written. No chunk that is needed went.
+        """
+        from checkpoint import contents
+        from checkpoint.chunks.packs import Pruned
+
+        vault = contents.Vault(self.path, master)
+        if not os.path.isdir(vault.packs.folder.path):
+            return Pruned(removed=0, rewritten=0, freed_nbytes=0, faults={})
+        return vault.packs.prune(contents.live_chunks(vault, self._usable))
 
     def list(self) -> tuple[Listed, ...]:
         """All snapshots by name; one that can't be used comes with the reason. A store that is not there is empty.
@@ -231,7 +270,18 @@ class Store:
                     except OSError as e:
                         raise guarded.unwritable(self._at(left), e) from e
                     removed.append(_name_of(left))
+        self._sweep_chunks()
         return tuple(removed)
+
+    def _sweep_chunks(self) -> None:
+        """Remove packs that were never completed, unless somebody makes a snapshot now: then the next one does it."""
+        for path in (self._at(CHUNKS), self._at(CHUNKS_OPEN)):
+            if os.path.isdir(path) and any(name.startswith(_DRAFT) for name in os.listdir(path)):
+                from checkpoint.chunks.folder import Folder  # libraries that are hardly ever needed for this
+
+                folder = Folder(path, None)
+                with contextlib.suppress(RetryError), folder.locked(fcntl.LOCK_EX, 0):
+                    folder.sweep()
 
     def _keep(self, name: str, held: contextlib.ExitStack) -> bool:
         """Hold what is to be replaced, where something is, until `held` ends."""
@@ -294,6 +344,14 @@ class Store:
                 # No lock is held: half of one snapshot and half of another would seem damaged.
                 if before == _state(self._at(name)):
                     return Listed(name=name, snapshot=None, fault=e)
+
+    def _usable(self) -> Iterator[Snapshot]:
+        """All snapshots; the first that can't be used is an error."""
+        for one in self.list():
+            if one.fault is not None:
+                raise one.fault
+            if one.snapshot is not None:
+                yield one.snapshot
 
     def _names(self) -> tuple[str, ...]:
         try:

@@ -11,6 +11,7 @@ import pytest
 
 from checkpoint import userfaultfd
 from checkpoint.filling import AROUND_BYTES, Buffer
+from checkpoint.pages import PageImage
 from checkpoint.processes import tree_of
 from checkpoint.userfaultfd import Event
 from tests.helpers.paged import back, dumped, needs_userfaultfd
@@ -104,8 +105,8 @@ def test_what_a_process_does_to_its_memory_meanwhile(
     seen: set[int] = set()
     read, events = Buffer.read, userfaultfd.read_events
 
-    def slow(self: Buffer, fd: int, offset: int, nbytes: int, path: str) -> None:
-        read(self, fd, offset, nbytes, path)
+    def slow(self: Buffer, pages: PageImage, offset: int, nbytes: int) -> None:
+        read(self, pages, offset, nbytes)
         if nbytes > AROUND_BYTES:
             time.sleep(0.002)
 

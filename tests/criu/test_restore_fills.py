@@ -43,10 +43,10 @@ if os.path.exists(os.environ["HELD"]):
     from checkpoint.filling import Buffer
     from checkpoint.errors import CorruptError
     read = Buffer.read
-    def cut(self, fd, offset, nbytes, path):
+    def cut(self, pages, offset, nbytes):
         if nbytes > 1 << 19:
-            os.truncate(path, 1 << 19)
-        read(self, fd, offset, nbytes, path)
+            os.truncate(pages.path, 1 << 19)
+        read(self, pages, offset, nbytes)
     Buffer.read = cut
 """
 
@@ -105,13 +105,16 @@ def test_plain(it: Commands, hasher: tuple[Target, str]) -> None:
     assert one.ask() == before
 
 
-def test_an_image_is_damaged_meanwhile(tmp_path: Path, it: Commands, hasher: tuple[Target, str]) -> None:
-    one, _ = hasher
-    (tmp_path / "sitecustomize.py").write_text(CUTS)
-    (tmp_path / "held").touch()
-    error = it.refused("restore", "warm", code=4)
-    assert error["path"].endswith(".img")
-    wait_until(lambda: is_gone(one.pid), "nothing half filled is left")
+def test_an_image_is_damaged_meanwhile(tmp_path: Path, it: Commands) -> None:
+    with target(HASHES, tmp_path) as one:
+        one.said()
+        it.told("create", "warm", "--plain", "--pid", str(one.pid))
+        one.process.wait(10)
+        (tmp_path / "sitecustomize.py").write_text(CUTS)
+        (tmp_path / "held").touch()
+        error = it.refused("restore", "warm", code=4)
+        assert error["path"].endswith(".img")
+        wait_until(lambda: is_gone(one.pid), "nothing half filled is left")
 
 
 def test_the_command_is_killed_meanwhile(tmp_path: Path, it: Commands, hasher: tuple[Target, str]) -> None:
@@ -200,9 +203,21 @@ def flip(it: Commands) -> str:
     return path
 
 
+@pytest.fixture
+def plain_hasher(tmp_path: Path, it: Commands) -> Iterator[tuple[Target, str]]:
+    """As `hasher`, of which CRIU's images are kept."""
+    with target(HASHES, tmp_path) as one:
+        before = one.said()
+        it.told("create", "warm", "--plain", "--pid", str(one.pid))
+        one.process.wait(10)
+        yield one, before
+
+
 @pytest.mark.parametrize("options", [[], ["--plain"]], ids=["page server", "plain"])
-def test_a_flipped_byte_in_memory_is_never_run(options: list[str], it: Commands, hasher: tuple[Target, str]) -> None:
-    one, _ = hasher
+def test_a_flipped_byte_in_memory_is_never_run(
+    options: list[str], it: Commands, plain_hasher: tuple[Target, str]
+) -> None:
+    one, _ = plain_hasher
     path = flip(it)
     assert os.path.basename(path).startswith("pages-")
     error = it.refused("restore", "warm", *options, code=4)
@@ -211,8 +226,8 @@ def test_a_flipped_byte_in_memory_is_never_run(options: list[str], it: Commands,
     assert it.told("recover")["recovered"] == []
 
 
-def test_unverified_it_is_run(it: Commands, hasher: tuple[Target, str]) -> None:
-    one, _ = hasher
+def test_unverified_it_is_run(it: Commands, plain_hasher: tuple[Target, str]) -> None:
+    one, _ = plain_hasher
     flip(it)
     assert it.told("restore", "warm", "--no-verify")["verified"] is None
     assert start_ticks(one.pid) is not None
@@ -220,9 +235,9 @@ def test_unverified_it_is_run(it: Commands, hasher: tuple[Target, str]) -> None:
 
 @pytest.mark.parametrize("is_damaged", [False, True], ids=["sound", "damaged"])
 def test_nothing_is_let_go_before_all_is_verified(
-    is_damaged: bool, tmp_path: Path, it: Commands, hasher: tuple[Target, str]
+    is_damaged: bool, tmp_path: Path, it: Commands, plain_hasher: tuple[Target, str]
 ) -> None:
-    one, before = hasher
+    one, before = plain_hasher
     (tmp_path / "sitecustomize.py").write_text(WAITS)
     (tmp_path / "held").touch()
     if is_damaged:
@@ -241,9 +256,9 @@ def test_nothing_is_let_go_before_all_is_verified(
 
 
 def test_a_command_that_is_told_to_end_does_not_wait_for_the_verification(
-    tmp_path: Path, it: Commands, hasher: tuple[Target, str]
+    tmp_path: Path, it: Commands, plain_hasher: tuple[Target, str]
 ) -> None:
-    one, _ = hasher
+    one, _ = plain_hasher
     (tmp_path / "sitecustomize.py").write_text(WAITS)
     (tmp_path / "held").touch()
     with it.start("restore", "warm") as command:
@@ -254,8 +269,8 @@ def test_a_command_that_is_told_to_end_does_not_wait_for_the_verification(
     wait_until(lambda: is_gone(one.pid), "nothing that was restored is left")
 
 
-def test_phases_are_all_of_the_time(it: Commands, hasher: tuple[Target, str]) -> None:
-    _, _ = hasher
+def test_phases_are_all_of_the_time(it: Commands, plain_hasher: tuple[Target, str]) -> None:
+    _, _ = plain_hasher
     started = time.monotonic()
     back = it.told("restore", "warm")
     took = time.monotonic() - started

@@ -162,8 +162,9 @@ def test_a_taken_pid_is_a_cold_start(snapshotted: Service) -> None:
 
 
 def test_damaged_images_are_a_cold_start_or_with_strict_exit_4(snapshotted: Service) -> None:
-    images = [path for path in (snapshotted.folder / "store").rglob("pages-*.img") if path.is_file()]
-    with images[0].open("r+b") as file:
+    (pack,) = (snapshotted.folder / "store").rglob("*.pack")
+    with pack.open("r+b") as file:
+        file.seek(pack.stat().st_size // 2)
         file.write(b"\xff" * 64)
     with snapshotted.run("--strict") as strict:
         assert strict.process.wait(30) == 4

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from checkpoint.store import Store
-from tests.helpers.snapshots import add, manifest_of
+from checkpoint.store import CHUNKS_OPEN, Store
+from tests.helpers.snapshots import add, add_chunked
 
-MOST = 60
+MOST = 80
 """More calls than any of them makes."""
 
 
-@pytest.mark.parametrize("action", ["create", "replace", "remove"])
+def copy(stores: list[Store]) -> None:
+    """Have all be as the first."""
+    for store in stores[1:]:
+        shutil.copytree(stores[0].path, store.path)
+
+
+@pytest.mark.parametrize("action", ["create", "replace", "remove", "chunked create", "chunked replace"])
 def test_the_store_is_whole_wherever_it_is_killed(tmp_path: Path, action: str) -> None:
-    before, after = (None if action == "create" else 0), (None if action == "remove" else 1)
+    before, after = (None if "create" in action else 0), (None if action == "remove" else 1)
+    add_one = add_chunked if "chunked" in action else add
     stores = [Store(str(tmp_path / str(number))) for number in range(MOST)]
-    for store in stores:
-        add(store, "bystander", generation=7)
-        if before is not None:
-            add(store, "warm", generation=before)
+    add_one(stores[0], "bystander", generation=7)
+    if before is not None:
+        add_one(stores[0], "warm", generation=before)
+    copy(stores)
     command = [sys.executable, "-m", "tests.helpers.dying", str(tmp_path), action]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -35,16 +43,35 @@ def test_the_store_is_whole_wherever_it_is_killed(tmp_path: Path, action: str) -
         assert generations.pop("bystander") == 7
         found.append(generations.get("warm"))
         assert set(store.recover()) <= {"warm"}
-        assert set(os.listdir(store.path)) <= {"bystander", "warm"}
+        assert set(os.listdir(store.path)) <= {"bystander", "warm", CHUNKS_OPEN}
         assert store.recover() == ()
+        if os.path.exists(chunks := os.path.join(store.path, CHUNKS_OPEN)):
+            assert not [name for name in os.listdir(chunks) if name.startswith(".draft")]
+            store.collect(None)
+            assert store.verify("bystander").manifest.generation == 7
         # And it can be done again.
-        with store.begin("warm", replace=True) as draft:
-            draft.commit(manifest_of(draft, generation=2))
+        add_one(store, "warm", replace=True, generation=2)
         assert store.verify("warm").manifest.generation == 2
     # First the old state, from some call on the new one, and never anything else.
     assert found == sorted(found, key=lambda one: one == after)
     assert set(found) == {before, after}
     assert len(found) > 8
+
+
+def test_chunks_are_whole_wherever_their_collection_is_killed(tmp_path: Path) -> None:
+    stores = [Store(str(tmp_path / str(number))) for number in range(40)]
+    add_chunked(stores[0], "warm", images={"pages-1.img": os.urandom(1 << 16)}, generation=7)
+    add_chunked(stores[0], "other", images={"pages-1.img": os.urandom(1 << 16)})
+    stores[0].remove("other")
+    copy(stores)
+    command = [sys.executable, "-m", "tests.helpers.dying", str(tmp_path), "collect"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    for store in stores[: int(done.stdout) + 1]:
+        assert store.verify("warm").manifest.generation == 7
+        store.collect(None)
+        assert sum(name.endswith(".pack") for name in os.listdir(os.path.join(store.path, CHUNKS_OPEN))) == 1
+        assert store.verify("warm").manifest.generation == 7
 
 
 def test_what_is_alive_is_not_left_over(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ import sys
 from typing import Any
 
 from checkpoint.store import Store
-from tests.helpers.snapshots import add
+from tests.helpers.snapshots import add, add_chunked
 from weightfs import linux
 
-CALLS = ("mkdir", "open", "chmod", "fsync", "rename", "unlink", "rmdir", "write")
+CALLS = ("mkdir", "open", "chmod", "fsync", "link", "rename", "unlink", "rmdir", "write", "pwrite", "pwritev")
 NEW = {"core-1.img": b"new", "pages-1.img": b"pages" * 10_000, "dump.log": b""}
 
 
@@ -46,8 +46,11 @@ def act(path: str, action: str, number: int) -> None:
     count = die_at(number)
     if action == "remove":
         Store(path).remove("warm")
+    elif action == "collect":
+        Store(path).collect(None)
     else:
-        add(Store(path), "warm", images=NEW, replace=action == "replace", generation=1)
+        how = add_chunked if action.startswith("chunked") else add
+        how(Store(path), "warm", images=NEW, replace=action.endswith("replace"), generation=1)
     assert count[0] == number
 
 

@@ -121,6 +121,8 @@ class Commands:
                 options += ["--log", self.log]
         elif action == "recover":
             options = ["--json"]
+        elif action == "verify":
+            options = ["--store", self.store, "--no-encrypt", "--json"]
         else:
             options = ["--store", self.store, "--json"]
         return [*self.program, "snapshot", action, *arguments, *options, *(["--", *command] if command else [])]
@@ -179,8 +181,9 @@ class Commands:
         assert [(one.name, one.fault) for one in listed] == [(name, None) for name in sorted(names)]
         for name in names:
             store.verify(name)
-        if os.path.exists(self.store):
-            assert not [name for name in os.listdir(self.store) if name.startswith(".draft")]
+        for folder in (self.store, f"{self.store}/.chunks-open"):
+            if os.path.exists(folder):
+                assert not [name for name in os.listdir(folder) if name.startswith(".draft")]
 
     def close(self) -> None:
         for pid, since in self._pids:

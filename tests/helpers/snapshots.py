@@ -6,7 +6,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from checkpoint.chunks.keys import MasterKey
+from checkpoint.contents import Contents, Vault
 from checkpoint.fingerprint import Fingerprint, Gpu
+from checkpoint.ingestion import take_in
 from checkpoint.manifest import Manifest
 from checkpoint.store import Draft, Snapshot, Store
 
@@ -53,3 +56,35 @@ def add(
             with open(os.path.join(draft.images, image), "wb") as file:
                 file.write(content)
         return draft.commit(manifest_of(draft, **changes))
+
+
+def add_chunked(
+    store: Store,
+    name: str,
+    *,
+    replace: bool = False,
+    images: Mapping[str, bytes] = IMAGES,
+    master: MasterKey | None = None,
+    serial: int = 1,
+    **changes: Any,
+) -> Snapshot:
+    """Put a snapshot that is not plain into a store; in this thread alone."""
+    vault = Vault(store.path, master)
+    with store.begin(name, replace=replace) as draft, vault.packs.begin(threads=0) as writer:
+        for image, content in images.items():
+            with open(os.path.join(draft.images, image), "wb") as file:
+                file.write(content)
+        taken = take_in(draft.images, [], writer, needed=0, threads=1)
+        for image in images:
+            os.unlink(os.path.join(draft.images, image))
+        said = manifest_of(
+            draft,
+            content="recipes",
+            key_id=vault.key_id,
+            files=taken.files,
+            bytes_logical=sum(file.nbytes for file in taken.files),
+            bytes_added=taken.bytes_added,
+            **changes,
+        )
+        contents = Contents(generation=serial, recipes=taken.recipes)
+        return draft.commit(said, sealed=lambda content: vault.seal(said.name, said.id, content, contents))

@@ -104,7 +104,7 @@ class Bench:
 
     def create(self) -> float:
         """Seconds that the command takes."""
-        arguments = ["create", _NAME, "--pid", str(self.pid), "--leave-running", "--replace"]
+        arguments = ["create", _NAME, "--pid", str(self.pid), "--leave-running", "--replace", "--plain"]
         return self._command(arguments, self.created)
 
     def leave(self) -> None:

@@ -33,4 +33,6 @@ fi
 export PYTHONPATH="$root:/opt/weightfs/site${PYTHONPATH:+:$PYTHONPATH}"
 export PATH="/opt/weightfs/bin:$PATH"
 export PYTHONUNBUFFERED=1
+# As for a user, whose modules are compiled once.
+unset PYTHONDONTWRITEBYTECODE
 export CRIU=/opt/weightfs/criu/usr/sbin/criu

@@ -9,18 +9,14 @@ import typer
 
 from weightfs import systemd
 from weightfs.cli.output import printable, reporting
+from weightfs.cli.snapshot_keys import KeyCommand, KeyEnv, KeyFile, NoEncrypt, master_key
 from weightfs.cli.snapshot_store import DEFAULT_STORE, StoreFolder
 from weightfs.cli.snapshotting import (
-    KeyCommand,
-    KeyEnv,
-    KeyFile,
     Name,
-    NoEncrypt,
     ReadyFile,
     ReadyTimeout,
     ReadyUrl,
     Timeout,
-    require_key_choice,
     tools,
 )
 from weightfs.errors import UsageError
@@ -48,7 +44,7 @@ def run(
     Example: weightfs snapshot run llama --no-encrypt --create --ready-url http://127.0.0.1:8000/health -- llama-server
     """
     with reporting(as_json=False):
-        require_key_choice(key_file or key_env or key_command, no_encrypt=no_encrypt)
+        master = master_key(key_file, key_env, key_command, no_encrypt=no_encrypt)
         command = list(context.args)
         if not command:
             raise UsageError("name the command (-- COMMAND...)")
@@ -67,6 +63,7 @@ def run(
             replace=replace,
             strict=strict,
             verify=not no_verify,
+            master=master,
         )
         around = running.Surroundings(
             store=lambda: Store(store), tools=tools, say=_say, ready=lambda: systemd.notify("READY=1")

@@ -16,10 +16,12 @@ import typer
 
 from weightfs.cli.options import Json
 from weightfs.cli.output import emit, fail, human_bytes, printable, reporting, say
+from weightfs.cli.snapshot_keys import KeyCommand, KeyEnv, KeyFile, NoEncrypt, master_key
 from weightfs.errors import BusyError, IntegrityError, UnfitError, UsageError, WeightfsError
 from weightfs.sizes import parse_bytes, parse_seconds
 
 if TYPE_CHECKING:
+    from checkpoint.chunks.keys import MasterKey
     from checkpoint.fingerprint import Difference, Fingerprint
     from checkpoint.manifest import Manifest
     from checkpoint.store import Listed, Snapshot, Store
@@ -84,14 +86,23 @@ def show(
             _print_differences(differences)
 
 
-def verify(names: Names, store: StoreFolder = DEFAULT_STORE, as_json: Json = False) -> None:
+def verify(
+    names: Names,
+    store: StoreFolder = DEFAULT_STORE,
+    key_file: KeyFile = None,
+    key_env: KeyEnv = None,
+    key_command: KeyCommand = None,
+    no_encrypt: NoEncrypt = False,
+    as_json: Json = False,
+) -> None:
     """Read every byte of snapshots and compare it with what was written. Exits 4 when one is damaged.
 
-    Example: weightfs snapshot verify llama
+    Example: weightfs snapshot verify llama --key-file /etc/weightfs/key
     """
     with reporting(as_json=as_json):
+        master = master_key(key_file, key_env, key_command, no_encrypt=no_encrypt)
         opened = _open(store)
-        verdicts = [_verdict(opened, name) for name in names]
+        verdicts = [_verdict(opened, name, master) for name in names]
         if as_json:
             emit({"ok": all(one["ok"] for one, _ in verdicts), "snapshots": [one for one, _ in verdicts]})
         else:
@@ -104,6 +115,8 @@ def verify(names: Names, store: StoreFolder = DEFAULT_STORE, as_json: Json = Fal
 
 def rm(names: Names, store: StoreFolder = DEFAULT_STORE, as_json: Json = False) -> None:
     """Remove snapshots, damaged ones too. One that is being restored stays, and the exit code is 75.
+
+    Chunks that no other snapshot needs go with the next `weightfs snapshot prune`.
 
     Example: weightfs snapshot rm llama-old
     """
@@ -124,9 +137,16 @@ def prune(
     max_size: Annotated[str | None, typer.Option(help="Remove the oldest down to this, as 200GiB.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     store: StoreFolder = DEFAULT_STORE,
+    key_file: KeyFile = None,
+    key_env: KeyEnv = None,
+    key_command: KeyCommand = None,
+    no_encrypt: NoEncrypt = False,
     as_json: Json = False,
 ) -> None:
     """Remove old snapshots: for cron. With --keep-last alone, all but so many of the newest go.
+
+    Then chunks that no snapshot needs go: those that are encrypted where the key is given, others always. With a key
+    or --no-encrypt alone nothing else goes.
 
     One that can't be used stays, for nobody knows how old it is. One that is being restored stays, and the exit code is
     75, once all others are gone.
@@ -136,10 +156,13 @@ def prune(
     with reporting(as_json=as_json):
         from checkpoint.retention import Kept, choose
 
-        if keep_last is None and older_than is None and max_size is None:
+        has_key = (key_file or key_env or key_command) is not None
+        has_rule = (keep_last, older_than, max_size) != (None, None, None)
+        if not has_rule and not has_key and not no_encrypt:
             raise UsageError(
                 "nothing says what may go", mend="give --keep-last, --older-than or --max-size, or several"
             )
+        master = master_key(key_file, key_env, key_command, no_encrypt=no_encrypt or not has_key)
         opened = _open(store)
         usable = {one.name: one.snapshot for one in opened.list() if one.snapshot is not None}
         chosen = choose(
@@ -155,6 +178,10 @@ def prune(
         removed, failed = (list(chosen), []) if dry_run else _remove(opened, chosen)
         kept = sorted(set(usable) - set(removed))
         freed = sum(usable[name].bytes_stored for name in removed)
+        if not dry_run:
+            freed += _collected(opened, master, failed) - sum(usable[name].manifest.bytes_added for name in removed)
+            if not has_key and any(usable[name].manifest.key_id for name in removed):
+                sys.stderr.write("weightfs: encrypted chunks stay until prune is given their key\n")
         if as_json:
             emit({"removed": removed, "kept": kept, "bytes_freed": freed, "dry_run": dry_run})
         else:
@@ -218,10 +245,10 @@ def _differences(manifest: Manifest, here: Fingerprint | UnfitError) -> tuple[li
     return differences, misfit(differences)
 
 
-def _verdict(store: Store, name: str) -> tuple[dict[str, Any], WeightfsError | None]:
+def _verdict(store: Store, name: str, master: MasterKey | None) -> tuple[dict[str, Any], WeightfsError | None]:
     started = time.monotonic()
     try:
-        snapshot = store.verify(name)
+        snapshot = store.verify(name, master)
     except WeightfsError as e:
         return {"name": name, "ok": False, "bytes": None, "seconds": None, "fault": str(e)}, e
     seconds = time.monotonic() - started
@@ -240,6 +267,20 @@ def _remove(store: Store, names: Iterable[str]) -> tuple[list[str], list[Weightf
         else:
             removed.append(name)
     return removed, failed
+
+
+def _collected(store: Store, master: MasterKey | None, failed: list[WeightfsError]) -> int:
+    """Remove chunks that nobody needs; gives how many bytes that were, and adds to `failed` what was in the way."""
+    freed = 0
+    for key in dict.fromkeys((None, master)):
+        try:
+            pruned = store.collect(key)
+        except WeightfsError as e:
+            failed.append(e)
+        else:
+            freed += pruned.freed_nbytes
+            failed += pruned.faults.values()
+    return freed
 
 
 def _fail_for(failed: list[WeightfsError], *, as_json: bool = False) -> None:

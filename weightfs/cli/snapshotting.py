@@ -18,6 +18,7 @@ import typer
 from weightfs import linux
 from weightfs.cli.options import Json
 from weightfs.cli.output import emit, human_bytes, printable, reporting, say
+from weightfs.cli.snapshot_keys import KeyCommand, KeyEnv, KeyFile, NoEncrypt, master_key
 from weightfs.cli.snapshot_store import DEFAULT_STORE, StoreFolder
 from weightfs.errors import UnfitError, UsageError
 
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
 
 Name = Annotated[str, typer.Argument(help="Of the snapshot.")]
 Timeout = Annotated[float, typer.Option(help="Seconds for the GPU to come to rest, and for CRIU.")]
-KeyFile = Annotated[str | None, typer.Option(help="File with the 32 raw bytes of a key, mode 0600.")]
-KeyEnv = Annotated[str | None, typer.Option(help="Variable that holds a key.")]
-KeyCommand = Annotated[str | None, typer.Option(help="Command that prints a key.")]
-NoEncrypt = Annotated[bool, typer.Option("--no-encrypt", help="Memory is stored as it is, passwords and all.")]
 ReadyUrl = Annotated[str | None, typer.Option(help="Ready when this address answers a GET.")]
 ReadyFile = Annotated[str | None, typer.Option(help="Ready when this file exists.")]
 ReadyTimeout = Annotated[float, typer.Option(help="Seconds to wait until it is ready.")]
@@ -57,7 +54,10 @@ def create(
     ready_timeout: ReadyTimeout = 600.0,
     leave_running: Annotated[bool, typer.Option("--leave-running", help="It goes on afterwards.")] = False,
     replace: Annotated[bool, typer.Option("--replace", help="A snapshot of that name makes way.")] = False,
-    plain: Annotated[bool, typer.Option("--plain", help="CRIU's images as they are; so far always.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Keep CRIU's images as they are, large and open.")] = False,
+    weights: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="Weights it has read and closed: a file or folder.")
+    ] = None,
     log: Log = None,
     timeout: Timeout = 120.0,
     store: StoreFolder = DEFAULT_STORE,
@@ -71,9 +71,10 @@ def create(
 
     Example: weightfs snapshot create llama --no-encrypt --ready-url http://127.0.0.1:8000/health -- llama-server -m M
     """
-    del plain
     with reporting(as_json=as_json), undone_by_signals():
-        require_key_choice(key_file or key_env or key_command, no_encrypt=no_encrypt)
+        if plain and not no_encrypt:
+            raise UsageError("plain images are not encrypted: --plain goes with --no-encrypt")
+        master = master_key(key_file, key_env, key_command, no_encrypt=no_encrypt)
         command = list(context.args)
         if (pid is None) == (not command):
             raise UsageError("name either a process (--pid) or a command (-- COMMAND...)")
@@ -83,7 +84,14 @@ def create(
 
         phases = Phases.of_this_process()
         opened = Store(store)
-        options = creation.CreateOptions(leave_running=leave_running, replace=replace, timeout_s=timeout)
+        options = creation.CreateOptions(
+            leave_running=leave_running,
+            replace=replace,
+            timeout_s=timeout,
+            plain=plain,
+            master=master,
+            weights=weights or (),
+        )
         ready = readiness.Readiness(url=ready_url, file=ready_file)
         with tools(phases) as found:
             if pid is None:
@@ -103,7 +111,7 @@ def restore(
     wait_url: WaitUrl = None,
     timeout: Annotated[float, typer.Option(help="Seconds for CRIU, and again until it answers.")] = 120.0,
     log: Log = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare the images' digests.")] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare the digests of a plain one.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="No page server: CRIU reads memory back itself.")] = False,
     root: Annotated[str | None, typer.Option(help="Where its container's root filesystem is mounted.")] = None,
     new_pidns: Annotated[
@@ -124,7 +132,7 @@ def restore(
     Example: weightfs snapshot restore llama --no-encrypt --wait-url http://127.0.0.1:8000/health
     """
     with reporting(as_json=as_json), differences_shown(), undone_by_signals():
-        require_key_choice(key_file or key_env or key_command, no_encrypt=no_encrypt)
+        master = master_key(key_file, key_env, key_command, no_encrypt=no_encrypt)
         from checkpoint.phases import Phases
 
         phases = Phases.of_this_process()
@@ -145,6 +153,7 @@ def restore(
                 root=root,
                 own_namespaces=new_pidns,
                 ports=ports,
+                master=master,
             )
             back = restoration.restore(name, Store(store), found, options, phases)
         for warning in back.warnings:
@@ -239,21 +248,6 @@ def _show_differences(error: MisfitError) -> None:
         sys.stderr.write(
             printable(f"  {one['what']}: {one['snapshot']} there, {one['here']} here; {mark}: {one['why']}") + "\n"
         )
-
-
-def require_key_choice(key: str | None, *, no_encrypt: bool) -> None:
-    """Scripts say from the start whether a snapshot is encrypted.
-
-    Raises:
-        UsageError: they say nothing, or both.
-        UnfitError: it is to be encrypted, which this version can't.
-    """
-    if key and no_encrypt:
-        raise UsageError("a key and --no-encrypt contradict each other")
-    if key:
-        raise UnfitError("this version can't encrypt snapshots yet", mend="use --no-encrypt, on a disk that encrypts")
-    if not no_encrypt:
-        raise UsageError("say whether the snapshot is encrypted: --key-file, --key-env, --key-command or --no-encrypt")
 
 
 def parse_published(text: str) -> Published:

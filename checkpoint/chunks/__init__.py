@@ -1,0 +1,1 @@
+"""What snapshots share: chunks of memory, each kept once, compressed and sealed."""

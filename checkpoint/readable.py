@@ -1,0 +1,84 @@
+"""A snapshot of which nothing is believed but what was found to be authentic, ready to be laid out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+
+from checkpoint.chunks.keys import MasterKey
+from checkpoint.digests import Identity
+from checkpoint.errors import CorruptError
+from checkpoint.keeping import IMAGES
+from checkpoint.laying import Laid, LaidPlain
+from checkpoint.preflight_memory import available_bytes
+from checkpoint.snapshots import Snapshot
+
+
+class Readable:
+    """A snapshot that is about to be restored; what it needs begins to be read ahead.
+
+    Args:
+        snapshot: as the store has it.
+        state: the folder for what outlives a command.
+        master: the key it is encrypted with; None where it must not be encrypted.
+
+    Raises:
+        CorruptError: it is not what was written, the key is another, or there was a newer one before.
+        CheckpointError: it can't be read.
+    """
+
+    def __init__(self, snapshot: Snapshot, state: str, master: MasterKey | None) -> None:
+        self._snapshot = snapshot
+        self._master = master
+        if self.is_plain:
+            if master is not None:
+                raise CorruptError(
+                    "is not encrypted, though a key is given",
+                    path=snapshot.folder,
+                    mend="use --no-encrypt to trust it",
+                )
+            return
+        from checkpoint.ahead import read_ahead
+        from checkpoint.contents import Vault
+        from checkpoint.generations import Generations
+
+        self._vault = Vault(os.path.dirname(snapshot.folder), master)
+        self._contents = self._vault.open(snapshot)
+        generations = Generations(state, self._vault.packs.digest_key)
+        generations.require_newest(snapshot.manifest.name, self._contents.generation, snapshot.folder)
+        generations.note(snapshot.manifest.name, self._contents.generation)
+        read_ahead(self._contents, self._vault, snapshot.manifest.weights)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether CRIU's images are there as they are."""
+        return self._snapshot.manifest.content == "plain"
+
+    @contextlib.contextmanager
+    def laid_out(self, work: str, weights: Mapping[str, Identity]) -> Iterator[Laid]:
+        """The images, for CRIU to read.
+
+        Args:
+            work: an existing folder.
+            weights: what `check_weights` gave.
+
+        Raises:
+            MisfitError: what is encrypted could be swapped.
+            CorruptError: something is not what was written.
+            CheckpointError: it can't be read or written.
+        """
+        if self.is_plain:
+            yield LaidPlain(self._snapshot.images)
+            return
+        from checkpoint.laying import LaidOut
+        from checkpoint.pages import Sources
+        from checkpoint.scratch import Scratch
+
+        threads = len(os.sched_getaffinity(0))
+        must_not_swap = self._master is not None
+        with (
+            Scratch(os.path.join(work, IMAGES), nbytes=available_bytes(), must_not_swap=must_not_swap) as scratch,
+            Sources(weights, self._vault.packs) as sources,
+        ):
+            yield LaidOut(self._contents, sources, scratch, threads=threads)
