@@ -136,7 +136,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
     Raises:
         MisfitError: it does not fit this machine. Nothing was touched.
         CorruptError: images or weights are not what they were.
-        RetryError: a pid is taken, a GPU has too little memory free, or it took too long.
+        RetryError: a pid is taken, this machine or a GPU has too little memory free, or it took too long.
         CheckpointError: see `checkpoint.errors`. Whatever is raised, nothing that was restored is left.
     """
     phases = phases or Phases()
@@ -157,6 +157,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
             destination.require_placed(manifest, root=options.root, own_namespaces=options.own_namespaces)
             if not options.own_namespaces and not destination.is_container(manifest):
                 destination.require_free(manifest)
+            destination.require_memory(manifest)
             destination.require_programs(manifest, tools.cache, root=options.root)
             pairs, moved = destination.require_gpus(manifest, tools.cuda)
             found += moved
