@@ -291,7 +291,8 @@ def undo(entry: Entry, tools: Tools) -> None:
     """
     if entry.started:
         users = [(pid, start_ticks(pid) or 0) for pid in points.users(entry.point)]
-        control.end_all([*entry.tree, *users])
+        # Once more: a pid may have become another's before it was asked when that began.
+        control.end_all([*entry.tree, *(one for one in users if points.is_user(one[0], entry.point))])
         shutil.rmtree(entry.point, ignore_errors=True)
     else:
         _go_on(entry, tools)
