@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 
 from checkpoint.chunks.keys import MasterKey
 from checkpoint.digests import Identity
-from checkpoint.errors import CorruptError
 from checkpoint.keeping import IMAGES
 from checkpoint.laying import Laid, LaidPlain
 from checkpoint.preflight_memory import available_bytes
@@ -32,12 +31,7 @@ class Readable:
         self._snapshot = snapshot
         self._master = master
         if self.is_plain:
-            if master is not None:
-                raise CorruptError(
-                    "is not encrypted, though a key is given",
-                    path=snapshot.folder,
-                    mend="use --no-encrypt to trust it",
-                )
+            snapshot.require_not_encrypted(master)
             return
         from checkpoint.ahead import read_ahead
         from checkpoint.contents import Vault

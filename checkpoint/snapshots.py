@@ -12,6 +12,7 @@ import blake3
 import msgspec
 
 from checkpoint import guarded, manifest
+from checkpoint.chunks.keys import MasterKey
 from checkpoint.digests import digest_files
 from checkpoint.errors import CorruptError, RetryError
 from checkpoint.manifest import Manifest
@@ -49,6 +50,16 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
         Its log and statistics go elsewhere (`--work-dir`), for nothing may be added.
         """
         return os.path.join(self.folder, IMAGES)
+
+    def require_not_encrypted(self, master: MasterKey | None) -> None:
+        """Refuse a plain one where a key is given: who gives one takes nothing that anybody could have written.
+
+        Raises:
+            CorruptError: a key is given.
+        """
+        if master is not None:
+            mend = "use --no-encrypt to trust it"
+            raise CorruptError("is not encrypted, though a key is given", path=self.folder, mend=mend)
 
     def verify(self, names: Collection[str] | None = None, stopping: threading.Event | None = None) -> int:
         """Read images of a plain one, and compare their digests; gives how many bytes that were.

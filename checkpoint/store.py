@@ -151,14 +151,14 @@ class Store:
             name: of the snapshot.
             master: the key it is encrypted with; None where it must not be encrypted.
         """
-        from checkpoint import contents  # libraries that those who only look at names do not need
-
         with self.lock(name, shared=True):
             snapshot = self.open(name)
             if snapshot.manifest.content == "plain":
-                contents.require_not_encrypted(snapshot, master)
+                snapshot.require_not_encrypted(master)
                 snapshot.verify()
             else:
+                from checkpoint import contents  # libraries that those who only look at names do not need
+
                 contents.Vault(self.path, master).verify(snapshot)
             return snapshot
 
