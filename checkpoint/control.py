@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from checkpoint.errors import CheckpointError
@@ -23,9 +23,23 @@ def tree(processes: Iterable[Process]) -> list[tuple[int, int]]:
     return [(one.pid, one.start_ticks) for one in processes]
 
 
+def with_descendants(who: Tree) -> list[tuple[int, int]]:
+    """These processes, and the descendants they have by now."""
+    found = dict(who)
+    for pid, since in who:
+        if is_there(pid, since):
+            found |= dict(family(pid))
+    return list(found.items())
+
+
 def resume(who: Tree) -> None:
     """Let processes go on that are stopped."""
     _signal(who, signal.SIGCONT)
+
+
+def kill(who: Tree) -> None:
+    """Kill processes, and wait for nothing."""
+    _signal(who, signal.SIGKILL)
 
 
 def end(who: Tree) -> None:
@@ -34,12 +48,12 @@ def end(who: Tree) -> None:
     Raises:
         CheckpointError: one does not die (it waits in the kernel).
     """
-    _signal(who, signal.SIGKILL)
+    kill(who)
     until = time.monotonic() + _END_S
     for pid, since in who:
         while is_there(pid, since):
             if time.monotonic() > until:
-                raise CheckpointError(f"process {pid} does not die", mend="see what it waits for: /proc/PID/stack")
+                raise CheckpointError(f"process {pid} does not die", mend=f"see what it waits for: /proc/{pid}/stack")
             time.sleep(_LOOK_S)
 
 
@@ -49,11 +63,21 @@ def end_all(who: Tree) -> None:
     Raises:
         CheckpointError: one does not die.
     """
-    found = dict(who)
-    for pid, since in who:
-        if is_there(pid, since):
-            found |= dict(family(pid))
-    end(list(found.items()))
+    end(with_descendants(who))
+
+
+def to_its_end(do: Callable[[], None]) -> None:
+    """Do what puts processes right, all of it: a signal that ends the command has it done anew before it does.
+
+    One signal: whoever has made signals exceptions (`SystemExit`, `foreground.Interrupted`) lets no second one through.
+    """
+    try:
+        do()
+    except Exception:
+        raise
+    except BaseException:
+        do()
+        raise
 
 
 def _signal(who: Tree, number: signal.Signals) -> None:

@@ -208,7 +208,9 @@ def _create(
                 work=entry.work,
                 inherited=keeping.inherited,
             )
-        journal.at("ingesting")
+        # All are stopped now, with the children they have had since they were looked at.
+        stays = processes.family(entry.root) or control.with_descendants(entry.tree)
+        journal.at("ingesting", tree=stays)
         with phases.phase("ingest"):
             keeping.take_in(list(weights.identities), needed=len(weights.used.weights))
         journal.at("committing", id=draft.id)
@@ -247,14 +249,19 @@ def _create(
         made = published(entry)
         if made is None:
             try:
-                undo(entry, tools)
+                control.to_its_end(lambda: undo(entry, tools))
             except CudaError as stuck:
                 raise CudaError(f"{failure}; {stuck.message}", mend=stuck.mend, stuck=stuck.stuck) from failure
             raise
         snapshot = made  # a signal came too late
-    journal.at("finishing")
     with phases.phase("finish"):
-        finish(entry, tools)
+        try:
+            journal.at("finishing")
+            finish(entry, tools)
+        except Exception:
+            raise
+        except BaseException:  # noqa: BLE001 - a signal came too late; it is the only one, see `control.to_its_end`
+            finish(entry, tools)
     return Created(snapshot=snapshot, pid=entry.root, seconds=phases.seconds, findings=found)
 
 
@@ -302,7 +309,7 @@ def finish(entry: Entry, tools: Tools) -> None:
 
 
 def _go_on(entry: Entry, tools: Tools) -> None:
-    control.resume(entry.tree)
+    control.resume(control.with_descendants(entry.tree))  # a dump stops those as well
     if tools.cuda is not None and entry.cuda:
         tools.cuda.settle({pid: State(number) for pid, number in entry.cuda.items()})
 

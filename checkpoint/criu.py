@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
-from checkpoint import runtime
+from checkpoint import control, runtime
 from checkpoint.criu_command import (
     PID_FILE,
     Command,
@@ -231,14 +231,28 @@ def _restore(
     check: Callable[[], None] | None,
     inherited: Sequence[int],
 ) -> int:
-    with _work_folder(work) as folder:
+    with _work_folder(work) as folder, _each_its_own(options.inherit) as inherit:
         pid_file = os.path.join(folder, PID_FILE)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(pid_file)
-        passed = [*inherited, *(fd for fd, _ in options.inherit)]
-        _run("restore", restore_argv(criu, images, options, work=folder), folder, timeout_s, passed, check)
+        argv = restore_argv(criu, images, replace(options, inherit=inherit), work=folder)
+        _run("restore", argv, folder, timeout_s, [*inherited, *(fd for fd, _ in inherit)], check)
         with open(pid_file) as file:
             return int(file.read())
+
+
+@contextlib.contextmanager
+def _each_its_own(inherit: Sequence[tuple[int, str]]) -> Iterator[tuple[tuple[int, str], ...]]:
+    """The same, with a duplicate where a descriptor stands for a second resource: CRIU can take each only once."""
+    pairs: list[tuple[int, str]] = []
+    with contextlib.ExitStack() as held:
+        for fd, resource in inherit:
+            own = fd
+            if any(fd == taken for taken, _ in pairs):
+                own = os.dup(fd)
+                held.callback(os.close, own)
+            pairs.append((own, resource))
+        yield tuple(pairs)
 
 
 def restored_pid(work: str) -> int | None:
@@ -355,18 +369,22 @@ def _end(criu: subprocess.Popen[bytes], work: str) -> bool:
 
     Returns:
         False where it had ended by itself just now: then its status counts.
+
+    Raises:
+        CheckpointError: it does not die.
     """
     criu.send_signal(signal.SIGSTOP)
     if criu.poll() is not None:
         return False
-    begun = [*family(criu.pid)[1:], *_siblings(work)]
-    for pid, _ in begun:  # before CRIU: what it traces would run on without it
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    control.kill([*family(criu.pid)[1:], *_siblings(work)])  # before CRIU: what it traces would run on without it
     criu.kill()
-    criu.wait(_ENDING_S)
     if criu.stderr is not None:
         criu.stderr.close()
+    try:
+        criu.wait(_ENDING_S)
+    except subprocess.TimeoutExpired:
+        mend = f"see what it waits for: /proc/{criu.pid}/stack"
+        raise CheckpointError(f"CRIU (process {criu.pid}) does not die", mend=mend) from None
     return True
 
 

@@ -7,6 +7,7 @@ neither need it. Its owner holds a flock on it; one that is not locked was left 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -15,7 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
-from checkpoint import guarded, runtime
+from checkpoint import guarded, locking, runtime
 from checkpoint.errors import CheckpointError
 
 _FOLDER: Final = "checkpoint"
@@ -72,15 +73,15 @@ class Journal:
         entry: what is written; `at` changes it.
 
     Raises:
-        CheckpointError: the folder for journals can't be made, or others could have written there.
+        CorruptError: others could have written in the folder for journals.
+        CheckpointError: that can't be made, or nothing be written there.
     """
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
-        self._path = os.path.join(runtime.made(_FOLDER), f"{os.urandom(8).hex()}{_SUFFIX}")
+        self._nbytes = 0
+        self._path, self._fd = _begun(runtime.made(_FOLDER))
         entry.work = self._path.removesuffix(_SUFFIX)
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._write()
         os.mkdir(entry.work, 0o700)
 
@@ -92,18 +93,39 @@ class Journal:
         os.close(self._fd)
 
     def at(self, step: str, **changes: Any) -> None:
-        """A step begins; `changes` are to the entry."""
+        """A step begins; `changes` are to the entry.
+
+        Raises:
+            CheckpointError: it can't be written.
+        """
         self.entry.step = step
         for key, value in changes.items():
             setattr(self.entry, key, value)
         self._write()
 
     def _write(self) -> None:
-        # In place, since the lock is the file's. Written whole with one call and shortened after it: whoever reads
-        # takes the first line.
+        # Behind the lines before, of which the last whole one counts: a signal may cut a write short, and so may a disk
+        # that is full. The lock is the file's, so another can't take its place.
         content = msgspec.json.encode(self.entry) + b"\n"
-        os.pwrite(self._fd, content, 0)
-        os.ftruncate(self._fd, len(content))
+        try:
+            if os.pwrite(self._fd, content, self._nbytes) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:
+            raise guarded.unwritable(self._path, e) from e
+        self._nbytes += len(content)
+
+
+def _begun(folder: str) -> tuple[str, int]:
+    """A new journal, locked, with its path. Whoever looks for those that were left over may lock or remove it first."""
+    while True:
+        path = os.path.join(folder, f"{os.urandom(8).hex()}{_SUFFIX}")
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise guarded.unwritable(path, e) from e
+        if locking.flock(fd, fcntl.LOCK_EX, 0) and locking.leads_to(path, fd):
+            return path, fd
+        os.close(fd)
 
 
 def left_over() -> Iterator[tuple[str, Entry]]:
@@ -129,7 +151,7 @@ def left_over() -> Iterator[tuple[str, Entry]]:
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            content = os.pread(fd, os.fstat(fd).st_size, 0).partition(b"\n")[0]
+            content = os.pread(fd, os.fstat(fd).st_size, 0).rpartition(b"\n")[0].rpartition(b"\n")[2]
             if not content or not os.path.exists(path):  # it died before it began anything, or ended meanwhile
                 finish(path)
                 continue

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 
-from checkpoint import points, readiness, stdio
+from checkpoint import control, points, readiness, stdio
 from checkpoint.creation import Created, CreateOptions, create, published, undo
 from checkpoint.errors import CheckpointError
 from checkpoint.journal import Entry, Journal
@@ -64,7 +64,7 @@ def create_of_command(
             return create(name, child.pid, store, tools, wanted, journal, phases)
         except BaseException:
             if published(entry) is None:
-                undo(entry, tools)
+                control.to_its_end(lambda: undo(entry, tools))
             raise
         finally:
             if child is not None and not (options.leave_running and child.poll() is None):

@@ -137,7 +137,7 @@ def _of_a_descriptor(process: Process, one: Descriptor, processes: Sequence[Proc
         yield _fatal(
             "secret-memory", process.pid, f"{where} is secret memory", _NOBODY_ELSE, "close it before the snapshot"
         )
-    elif one.kind == "file" and one.can_write and is_unseen(process, one):
+    elif one.kind == "file" and one.can_write and not one.is_deleted and is_unseen(process, one):
         what = f"{where} writes {one.target}, on a mount that it can't see"
         why = "CRIU restores it only onto a file of the mode and size that it has at the dump, which no log keeps"
         mend = "have its output go through a pipe, as container runtimes do, or start it by `weightfs snapshot run`"

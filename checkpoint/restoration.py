@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -56,7 +55,7 @@ from checkpoint.readiness import Readiness
 from checkpoint.store import Store
 from checkpoint.tools import Tools
 from checkpoint.verification import Verification, Verified
-from checkpoint.weights import check_weights, unchanged_since
+from checkpoint.weights import check_weights, seen_by, unchanged_since
 
 _CRIU_S: Final = 120.0
 _REPLACED_S: Final = 30.0
@@ -162,7 +161,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
             pairs, moved = destination.require_gpus(manifest, tools.cuda)
             found += moved
         with phases.phase("weights"):
-            weights = check_weights(manifest, cache=tools.cache)
+            weights = check_weights(manifest, cache=tools.cache, root=options.root or "/")
         if verification is not None:
             with phases.phase("verify"):
                 verification.others()
@@ -189,6 +188,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
                 if instance is not None:
                     pid = instance.pids()[inside]
                 journal.at("letting go", tree=processes.family(pid), root=pid)
+                weights = seen_by(pid, manifest, weights, root=options.root or "/")
                 _let_go(manifest, entry.tree, weights, tools, phases, instance, pairs)
                 if options.ready is not None:
                     journal.at("ready")
@@ -197,7 +197,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
                 if instance is not None:
                     instance.keep(inside)
             except BaseException:
-                undo(entry)
+                control.to_its_end(lambda: undo(entry))
                 raise
     return Restored(
         manifest=manifest,
@@ -319,10 +319,8 @@ def _memory_filled(
 def _kill(entry: Entry) -> None:
     """Kill what is half filled, while the page server still keeps it from reading zeros: `undo` waits for its end."""
     root = criu.restored_pid(entry.work)
-    for pid, since in processes.family(root) if root is not None else ():
-        if since >= entry.since_ticks:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    if root is not None:
+        control.kill([one for one in processes.family(root) if one[1] >= entry.since_ticks])
 
 
 def _slower(options: RestoreOptions, filled: Filled | None) -> list[str]:

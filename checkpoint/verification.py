@@ -42,8 +42,7 @@ class Verification:
         self._later = later
         self._stopping = threading.Event()
         self._failure: Exception | None = None
-        self._nbytes = 0
-        self._seconds = 0.0
+        self._parts: list[tuple[int, float]] = []  # bytes and seconds
         self._thread = threading.Thread(target=self._read, name="verification", daemon=True)
 
     def __enter__(self) -> Self:
@@ -62,8 +61,8 @@ class Verification:
         """
         started = time.monotonic()
         names = {file.name for file in self._snapshot.manifest.files}.difference(self._later)
-        self._nbytes += self._snapshot.verify(names)
-        self._seconds += time.monotonic() - started
+        nbytes = self._snapshot.verify(names)
+        self._parts.append((nbytes, time.monotonic() - started))
 
     def check(self) -> None:
         """Raise what was found so far.
@@ -82,7 +81,7 @@ class Verification:
         """
         self._thread.join()
         self.check()
-        return Verified(nbytes=self._nbytes, seconds=self._seconds)
+        return Verified(nbytes=sum(one for one, _ in self._parts), seconds=sum(one for _, one in self._parts))
 
     def _read(self) -> None:
         started = time.monotonic()
@@ -91,5 +90,4 @@ class Verification:
         except Exception as e:  # noqa: BLE001 - raised where it is asked for
             self._failure = e
             return
-        self._nbytes += nbytes
-        self._seconds += time.monotonic() - started
+        self._parts.append((nbytes, time.monotonic() - started))

@@ -64,16 +64,14 @@ def identify(
     return Identified(weights=tuple(weights), identities={where: found[where].identity for where in at.values()})
 
 
-def check_weights(
-    manifest: Manifest, mountpoint: str | None = None, *, cache: DigestCache | None = None, root: str = "/"
-) -> Mapping[str, Identity]:
+def check_weights(manifest: Manifest, *, cache: DigestCache | None = None, root: str = "/") -> Mapping[str, Identity]:
     """Whether every weight file of a snapshot has the bytes it had; files the cache knows are not read.
 
     Args:
         manifest: of the snapshot.
-        mountpoint: where what was mounted at `manifest.mount.mountpoint` is now, None where it is still there.
         cache: of digests.
-        root: the folder that will be the process's root, as seen from here.
+        root: the folder that will be the process's root, as seen from here. What lies on a weightfs mount is looked for
+            where that is mounted out here: CRIU takes such mounts from outside.
 
     Returns:
         The files' identities by path, for `unchanged_since`.
@@ -85,10 +83,7 @@ def check_weights(
     """
     at: dict[str, Weight] = {}
     for weight in manifest.weights:
-        base = weight.mountpoint or "/"
-        if mountpoint is not None and manifest.mount is not None and base == manifest.mount.mountpoint:
-            base = mountpoint
-        at[_seen(root, os.path.join(base, weight.path))] = weight
+        at[_out_here(weight, root)] = weight
     for where, weight in at.items():  # what shows without reading comes first
         _require_size(where, weight)
     try:
@@ -99,6 +94,23 @@ def check_weights(
         if found[where].blake3 != weight.blake3:
             raise CorruptError("holds other weights than when the snapshot was made", path=where, mend=_ANEW)
     return {where: found[where].identity for where in at}
+
+
+def seen_by(
+    pid: int, manifest: Manifest, identities: Mapping[str, Identity], *, root: str = "/"
+) -> dict[str, Identity]:
+    """The same identities by the paths under which a process reaches its files, whatever mounts it has of its own.
+
+    Args:
+        pid: of the process.
+        manifest: of its snapshot.
+        identities: what `check_weights` gave.
+        root: as given there.
+    """
+    found = {}
+    for weight in manifest.weights:
+        found[_seen(f"/proc/{pid}/root", _in_there(weight))] = identities[_out_here(weight, root)]
+    return found
 
 
 def unchanged_since(identities: Mapping[str, Identity]) -> None:
@@ -138,6 +150,14 @@ def digests(paths: Iterable[str], cache: DigestCache | None) -> dict[str, Digest
     if cache is not None and read:
         cache.put(read.values())
     return known | read
+
+
+def _in_there(weight: Weight) -> str:
+    return os.path.join(weight.mountpoint or "/", weight.path)
+
+
+def _out_here(weight: Weight, root: str) -> str:
+    return _seen(root, weight.path) if weight.mountpoint is None else _in_there(weight)
 
 
 def _require_size(path: str, weight: Weight) -> None:

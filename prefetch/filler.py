@@ -35,19 +35,19 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from prefetch.course import Course
 from prefetch.pace import Disks, Pace
 from prefetch.plan import Extent
 from prefetch.residency import is_resident, resident_bytes
+from prefetch.stream import Stream
 from weightfs import linux
 
 log = logging.getLogger(__name__)
 
-CHUNK_BYTES: Final = 4 << 20
-"""What a thread reads at a time."""
 _HUGE_BYTES: Final = 2 << 20
 """Of most processors. Where huge pages are of another size sendfile reads."""
 _PIECE_BYTES: Final = 512 << 10
@@ -80,7 +80,7 @@ class Fill:
     """One model being read in. Counters may be read from any thread.
 
     Attributes:
-        chunks: what to read, a read each; see `cut`.
+        chunks: what to read, a read each.
         fds: a descriptor for each file, by the chunks' names of it, which must stay open until `on_end` is called.
         awaited: whether its loader has the weights open. Then it is read with the usual I/O priority, else with the
             idle one, behind whatever anybody reads.
@@ -91,7 +91,7 @@ class Fill:
         failure: why it ended early, None when it did not.
     """
 
-    chunks: Iterator[Extent]
+    chunks: Course
     fds: dict[str, int]
     on_end: Callable[[], None]
     awaited: bool = False
@@ -103,6 +103,7 @@ class Fill:
     exhausted: bool = False
     working: int = 0
     written_off: int = 0
+    stream: Stream | None = None
     devices: set[int] = field(default_factory=set)
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -165,6 +166,16 @@ class Filler:
         for thread in threads:  # the first of them reads before the last has begun
             thread.start()
 
+    def lead(self, fill: Fill, place: Extent) -> None:
+        """Go on elsewhere; see `Course.lead`."""
+        with self._turn:
+            fill.chunks.lead(place)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the kernel reads hardly further than we do: then what we did not read was read by somebody else."""
+        return self._unseen_bytes <= _HUGE_BYTES
+
     def halt(self, halted: bool) -> None:
         """Begin no read for now, or go on."""
         with self._turn:
@@ -210,7 +221,7 @@ class Filler:
                     self._turn.wait(_HELD_S)
                 elif self._working >= self._depth():
                     self._turn.wait()
-                elif (wait_s := self._pace.wait_s(self._working, self._unseen_bytes)) > 0:
+                elif (wait_s := self._pace.wait_s(self._working, max(self._working, 1) * self._unseen_bytes)) > 0:
                     self._turn.wait(wait_s)
                 else:
                     fill = self._fills[0]
@@ -235,21 +246,22 @@ class Filler:
             self._fills.remove(fill)
             self._look_elsewhere()
             fill.exhausted = True
-            if fill.cancelled:  # what of it never ends is to hold up nobody else
-                fill.written_off = fill.working
-                self._working -= fill.working
-                self._lost += fill.working
-            elif fill.working:
+            if fill.working:
                 self._leaving.add(fill)
-            if not fill.working:
+            else:
                 self._ended.append(fill)
+        for fill in [fill for fill in self._leaving if fill.cancelled]:  # what of it never ends holds up nobody else
+            self._leaving.remove(fill)
+            fill.written_off = fill.working
+            self._working -= fill.working
+            self._lost += fill.working
 
     def _look_elsewhere(self) -> None:
         """What is to be read lies on other disks, maybe."""
         self._disks.follow({device for fill in self._fills for device in fill.devices})
         ahead = max(_SMALL_BYTES, 2 * self._disks.read_ahead_bytes())
         self._each_bytes = _HUGE_BYTES if self._populates else ahead
-        self._unseen_bytes = _HUGE_BYTES if self._populates else min(_PIECE_BYTES + ahead, CHUNK_BYTES)
+        self._unseen_bytes = _HUGE_BYTES if self._populates else _PIECE_BYTES + ahead
         self._pace.restart()
 
     def _resident(self) -> int | None:
@@ -264,6 +276,8 @@ class Filler:
         fd = fill.fds[chunk.file]
         if fill.submitted_at is None:
             fill.submitted_at = time.monotonic()
+        if (stream := self._going_on(fill, chunk)) is not None:
+            return self._send(fill, chunk, stream, sink)
         if is_resident(fd, chunk.offset, chunk.nbytes):
             fill.skipped_bytes += chunk.nbytes
             return 0
@@ -271,7 +285,16 @@ class Filler:
         populates = self._populates or (self._can_populate and self._pace.yields)
         if populates and chunk.nbytes >= _SMALL_BYTES:
             return self._populate(fill, chunk, fd)
-        return self._send(fill, chunk, fd, sink)
+        return self._send(fill, chunk, Stream(fd, chunk, ahead=chunk.nbytes >= _SMALL_BYTES), sink)
+
+    def _going_on(self, fill: Fill, chunk: Extent) -> Stream | None:
+        """The stream that leads to a chunk, which is the caller's then."""
+        with self._turn:
+            stream = fill.stream
+            if stream is None or self._pace.yields or not stream.leads_to(chunk):
+                return None
+            fill.stream = None
+        return stream
 
     def _populate(self, fill: Fill, chunk: Extent, fd: int) -> int:
         start = chunk.offset // _HUGE_BYTES * _HUGE_BYTES
@@ -292,23 +315,27 @@ class Filler:
             raise OSError(errno.EIO, os.strerror(errno.EIO)) from e
         return missing
 
-    def _send(self, fill: Fill, chunk: Extent, fd: int, sink: int) -> int:
-        # A descriptor of its own keeps a thread's read-ahead from being confused by the others'.
-        own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    def _send(self, fill: Fill, chunk: Extent, stream: Stream, sink: int) -> int:
         try:
-            is_small = chunk.nbytes < _SMALL_BYTES
-            os.posix_fadvise(own, 0, 0, os.POSIX_FADV_RANDOM if is_small else os.POSIX_FADV_SEQUENTIAL)
-            at, end = chunk.offset, chunk.end
-            while at < end and not fill.cancelled:
-                moved = os.sendfile(sink, own, at, min(end - at, _PIECE_BYTES))
+            while stream.at < chunk.end and not fill.cancelled:
+                moved = stream.send(sink, min(chunk.end - stream.at, _PIECE_BYTES))
                 if not moved:
-                    fill.cancel(f"{chunk.file}: ends at byte {at} now")
+                    fill.cancel(f"{chunk.file}: ends at byte {stream.at} now")
                     break
-                at += moved
                 self._came(fill, moved, moved)
-        finally:
-            os.close(own)
-        return at - chunk.offset
+        except BaseException:
+            stream.close()
+            raise
+        read = stream.at - chunk.offset
+        self._keep(fill, stream)
+        return read
+
+    def _keep(self, fill: Fill, stream: Stream | None) -> None:
+        """The next chunk of a fill may go on where a stream ends."""
+        with self._turn:
+            before, fill.stream = fill.stream, stream
+        if before is not None:
+            before.close()
 
     def _came(self, fill: Fill, nbytes: int, read_bytes: int) -> None:
         with self._turn:
@@ -332,18 +359,9 @@ class Filler:
 
     def _end(self, fill: Fill) -> None:
         """Without the lock: whoever is told may wait for the device."""
+        self._keep(fill, None)
         try:
             fill.on_end()
         except Exception:
             log.exception("the end of a prefetch failed")
         fill.ended.set()
-
-
-def cut(extents: Iterator[Extent], chunk_bytes: int = CHUNK_BYTES) -> Iterator[Extent]:
-    """Extents as reads of `chunk_bytes` at most, which end where a multiple of that does."""
-    for extent in extents:
-        start = extent.offset
-        while start < extent.end:
-            end = min(extent.end, (start // chunk_bytes + 1) * chunk_bytes)
-            yield Extent(extent.file, start, end - start)
-            start = end

@@ -169,12 +169,12 @@ class Pace:
             self._next_s = self._clock() + self._gap_s
             self._gap = self._counters()
 
-    def wait_s(self, under_way: int, each_bytes: int = 0) -> float:
+    def wait_s(self, under_way: int, unseen_bytes: int = 0) -> float:
         """Seconds to wait, or until a read of ours ends if that is sooner, before one may begin; 0: now.
 
         Args:
             under_way: reads of ours.
-            each_bytes: what the disk has read for one of them at most, before it came.
+            unseen_bytes: what the disk may have read for them that did not come yet.
         """
         now = self._clock()
         if now < self._next_s:
@@ -182,7 +182,7 @@ class Pace:
         if self.yields and now - self._looked_s < _LOOK_S and not under_way:
             return 0.0
         counted = self._counters()
-        if self._draining_s is None and self._is_explained(now, counted, under_way * each_bytes):
+        if self._draining_s is None and self._is_explained(now, counted, unseen_bytes):
             self._next_s = now + _LOOK_S
             return 0.0
         self._stuck = min(self._stuck, under_way)
@@ -205,7 +205,7 @@ class Pace:
         )
         return 0.0
 
-    def _is_explained(self, now: float, counted: Counters | None, under_way_bytes: int) -> bool:
+    def _is_explained(self, now: float, counted: Counters | None, unseen_bytes: int) -> bool:
         """Whether what the disks have read may all be ours: then nobody need be looked for."""
         mark = self._mark
         if mark is None or counted is None or self.yields or self._suspects:
@@ -213,7 +213,7 @@ class Pace:
         beyond = counted.nbytes - self._ours
         self._known = min(self._known + int(_SOME_BYTES_S * (now - self._known_s)), beyond)
         self._known_s = now
-        if beyond > self._known + _SOME_BYTES + under_way_bytes:
+        if beyond > self._known + _SOME_BYTES + unseen_bytes:
             return False
         self._look_s = _LOOK_S
         self._learn(now, mark)

@@ -22,7 +22,8 @@ import trio
 
 from prefetch import underway
 from prefetch.anticipation import AFTER_PRESSURE_S, Anticipation, Target
-from prefetch.filler import Fill, Filler, FillerConfig, cut
+from prefetch.course import Course
+from prefetch.filler import Fill, Filler, FillerConfig
 from prefetch.foresight import Foresight, Past
 from prefetch.giving import Giving
 from prefetch.inventory import Inventory
@@ -196,12 +197,15 @@ class Scheduler:
             await trio.sleep(_SAMPLE_S)
             if self._underway:
                 every = turn % _PREDICTED_EVERY == 0
-                await self.in_thread(self._underway.measure if every else self._measure_asked_for)
+                await self.in_thread(functools.partial(self._look, every=every))
                 for standing in self._underway.stalled(trio.current_time(), self._waits):
                     self._give_up(standing)
 
-    def _measure_asked_for(self) -> None:
-        self._underway.measure(lambda one: not one.is_predicted)
+    def _look(self, *, every: bool) -> None:
+        if self._filler.runs_ahead:
+            for fill, place in self._underway.elsewhere():
+                self._filler.lead(fill, place)
+        self._underway.measure(lambda one: every or not one.is_predicted)
 
     def _waits(self, standing: Standing) -> bool:
         return self._halted is not None or (standing.is_predicted and self._demand())
@@ -280,18 +284,28 @@ class Scheduler:
             if self._ahead is not None:
                 self._ahead.wanted(key)
 
-    def _begin(self, key: Key, wish: Wish) -> Standing | None:
+    def _joined(self, key: Key, wish: Wish) -> Standing | None:
+        """What is read, or was just now, for others who wished for it."""
         now = time.monotonic()
         with self._lock:
             known = self._models.get(key)
-            if known is not None and is_served(known, wish, now):
-                if wish.target is None:
-                    known.wanted_s = now
-                    known.load.opened(now, wish.trigger)
-                known.awaited = known.awaited or wish.opens_weights
-                if known.fill is not None:
-                    known.fill.awaited = known.awaited
-                return known
+            if known is None or not is_served(known, wish, now):
+                return None
+            if wish.target is None:
+                known.wanted_s = now
+                known.load.opened(now, wish.trigger)
+            is_awaited_now = wish.opens_weights and not known.awaited
+            if is_awaited_now:
+                known.awaited = True
+            if known.fill is not None:
+                known.fill.awaited = known.awaited
+        if is_awaited_now:
+            self._underway.glance(known)
+        return known
+
+    def _begin(self, key: Key, wish: Wish) -> Standing | None:
+        if (known := self._joined(key, wish)) is not None:
+            return known
         opened = self._shelf.open(*key)
         if opened is None:
             return None
@@ -350,8 +364,10 @@ class Scheduler:
         labels = {layer.label for layer in affordable}
         before = self._known_bytes(standing, opened)
         end = functools.partial(self._end, standing, opened, before)
-        fill = standing.fill = Fill(cut(plan.extents(labels)), opened.fds, end, standing.awaited)
+        fill = standing.fill = Fill(Course(plan.extents(labels)), opened.fds, end, standing.awaited)
         self._underway.add(standing, opened)
+        if wish.opens_weights:
+            self._underway.glance(standing)
         if len(affordable) < len(wanted):
             fill.failure = f"the budget of {self._config.budget_bytes} bytes has room for {left} of {need}"
         self._filler_of(standing).start(fill)

@@ -1,4 +1,4 @@
-"""What is being read at this moment: how much of each layer there is, told to the timeline, and what stands still.
+"""What is being read at this moment: how much of each layer there is, where its loader is, and what stands still.
 
 Asking the kernel how much of a range is in memory takes as long as the range has pages. A layer that was all there is
 therefore asked about again once a second only: 20 times a second it was a tenth of the processor's time of a prefetch.
@@ -6,15 +6,20 @@ therefore asked about again once a second only: 20 times a second it was a tenth
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from prefetch.course import Lookout
+from prefetch.filler import Fill
+from prefetch.glances import glance
 from prefetch.occupancy import OpenedModel
-from prefetch.residency import resident_of
+from prefetch.plan import Extent
+from prefetch.residency import resident_bytes, resident_of
 from prefetch.standing import Standing
 
 log = logging.getLogger(__name__)
@@ -29,6 +34,7 @@ class _Model:
     opened: OpenedModel
     found: list[int] = field(default_factory=list)  # bytes of each layer, when it was asked about last
     afresh_s: float = 0.0  # when all layers were asked about
+    lookout: Lookout | None = None
     done_bytes: int = -1
     done_s: float = 0.0  # since when it is so many
 
@@ -84,6 +90,31 @@ class Underway:
         if fill is not None and fill.submitted_at is not None:
             standing.load.submitted(fill.submitted_at)
 
+    def glance(self, standing: Standing) -> None:
+        """Have the first page of each tensor read of one whose loader has its weights open now."""
+        with self._lock:
+            if (model := self._models.get(standing)) is not None:
+                glance(model.opened.layout.tensors, model.opened.fds)
+
+    def elsewhere(self) -> list[tuple[Fill, Extent]]:
+        """Fills whose loader waits for them and reads elsewhere, and where each is to go on."""
+        found = []
+        with self._lock:
+            for standing, model in self._models.items():
+                if (fill := standing.fill) is None or not fill.awaited:
+                    continue
+                if model.lookout is None:
+                    model.lookout = Lookout(functools.partial(_resident, model.opened.fds))
+                try:
+                    place = model.lookout.elsewhere(fill.chunks.left())
+                except OSError as e:
+                    log.debug("can't look for the loader of %s: %s", standing.name, e.strerror)
+                    continue
+                if place is not None:
+                    log.debug("the loader of %s reads %s near byte %d", standing.name, place.file, place.offset)
+                    found.append((fill, place))
+        return found
+
     def stalled(self, now: float, waits: Callable[[Standing], bool]) -> list[Standing]:
         """Those of which no byte came for `STALLED_S`, though they need not wait: their source stands still.
 
@@ -103,3 +134,7 @@ class Underway:
             elif now - model.done_s >= STALLED_S:
                 found.append(standing)
         return found
+
+
+def _resident(fds: Mapping[str, int], extent: Extent) -> int:
+    return resident_bytes(fds[extent.file], extent.offset, extent.nbytes)

@@ -90,6 +90,26 @@ def test_a_log_that_is_appended_to_may_grow(tmp_path: Path, images: str) -> None
         assert log.read_text() == "line 1\nof another process\nline 2\n"
 
 
+def test_one_log_for_output_and_errors_that_had_one_each(tmp_path: Path, images: str) -> None:
+    log, body = tmp_path / "log", WRITER.replace("tell(", 'os.write(2, b"error\\n"); tell(')
+    with (
+        opened(tmp_path / "out") as out,
+        opened(tmp_path / "err") as err,
+        target(body, tmp_path, stdout=out, stderr=err) as writer,
+    ):
+        assert writer.said() == "1"
+        tree = tree_of(writer.pid)
+        options = options_for(tree)
+        dump(the_criu(), writer.pid, images, options, 60)
+        assert writer.process.wait(30) == -signal.SIGKILL
+        with opened(log) as given:
+            inherit = tuple((given, one.resource) for one in found(tree))
+            assert len(inherit) == 2
+            restore(the_criu(), images, replace(restore_options_of(options), inherit=inherit), 60)
+        assert writer.ask() == "2"
+        assert log.read_text() == "line 2\nerror\n"
+
+
 def test_a_pipe_whose_reader_is_gone(tmp_path: Path, images: str) -> None:
     log = tmp_path / "log"
     reading, writing = os.pipe()

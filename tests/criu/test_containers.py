@@ -108,6 +108,27 @@ def test_a_container_is_snapshotted_from_outside(made: Bundle, tmp_path: Path) -
         end(pid)
 
 
+def test_weights_in_the_image_of_a_container(made: Bundle, tmp_path: Path) -> None:
+    """They are compared where the container has them, and this machine may have another file at that path."""
+    weights = made.rootfs / "model.safetensors"
+    weights.write_bytes(b"x" * (2 << 20))
+    held = "import mmap\nheld_too = mmap.mmap(os.open('/model.safetensors', os.O_RDONLY), 0, prot=mmap.PROT_READ)\n"
+    (made.rootfs / "server.py").write_text(SERVER.replace("def term", held + "def term", 1))
+    made.write([sys.executable, "/server.py"])
+    log = tmp_path / "log"
+    store = ["--no-encrypt", "--json", "--store", str(tmp_path / "store")]
+    with running(made, log) as (container, init):
+        said(log, "begun")
+        call("create", "it", *store, "--pid", str(init))
+        container.wait(20)
+    back = ["restore", "it", *store, "--root", str(made.rootfs), "--log", str(tmp_path / "after")]
+    end(call(*back)["pid"])
+    with weights.open("r+b") as file:
+        file.write(b"y")
+    error = call(*back, code=4)["error"]
+    assert error["path"] == str(weights)
+
+
 def call(*arguments: str, code: int = 0) -> dict[str, Any]:
     done = subprocess.run([*WEIGHTFS, *arguments], capture_output=True, timeout=60, check=False)
     assert done.returncode == code, done.stderr.decode()

@@ -103,9 +103,10 @@ def test_a_draft_that_was_lost_goes_with_the_next_create(tmp_path: Path, weights
         commands.require_consistent("other")
 
 
-def test_a_create_told_to_end_when_it_is_too_late(tmp_path: Path, weights: str, commands: Stopped) -> None:
+@pytest.mark.parametrize("point", AFTER_COMMIT)
+def test_a_create_told_to_end_when_it_is_too_late(point: str, tmp_path: Path, weights: str, commands: Stopped) -> None:
     with counter(tmp_path, weights) as one:
-        done = commands.stop("checkpoint.store:Store._publish@after", "term", "create", "warm", "--pid", str(one.pid))
+        done = commands.stop(point, "term", "create", "warm", "--pid", str(one.pid))
         assert done.returncode == 0, done.stderr
         assert not commands.left()
         require_gone(one)
@@ -159,6 +160,18 @@ def test_the_next_command_recovers(tmp_path: Path, weights: str, commands: Stopp
         goes_on(commands, one)
         commands.require_consistent("warm")
         assert commands.told("recover")["recovered"] == []
+
+
+@pytest.mark.parametrize("point", ["finishing@", "checkpoint.control:resume@before", "checkpoint.control:resume@after"])
+def test_a_create_that_leaves_running_told_to_end_when_it_is_too_late(
+    point: str, tmp_path: Path, weights: str, commands: Stopped
+) -> None:
+    with counter(tmp_path, weights) as one:
+        done = commands.stop(point, "term", "create", "warm", "--pid", str(one.pid), "--leave-running")
+        assert done.returncode == 0, done.stderr
+        assert not commands.left()
+        require_as_before(one)
+        commands.require_consistent("warm")
 
 
 LAUNCHED: Final = """

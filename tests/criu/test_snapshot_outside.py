@@ -28,6 +28,19 @@ while True:
     tell((answer, os.read(reading, 100), os.write(writing, b"out")))
     wait()
 """
+ISOLATED = (
+    "unshare",
+    "--mount",
+    "--propagation=private",
+    "sh",
+    "-c",
+    """
+umount -i -a -l -t fuse.weightfs,fuse
+exec "$@"
+""",
+    "sh",
+)
+"""Without the mounts of other tests: one that ends while CRIU looks would keep it from dumping the namespace."""
 READER = """
 while True:
     tell(os.pread(int(sys.argv[2]), 100, 0))
@@ -68,10 +81,9 @@ def test_pipes_and_connections_come_to_an_end(tmp_path: Path, commands: Commands
 
 def test_a_file_of_a_mount_that_it_can_not_see_is_opened_anew(tmp_path: Path, commands: Commands) -> None:
     (tmp_path / "file").write_text("content")
-    isolated = ("unshare", "--mount", "--propagation=private")
     with (
         open(tmp_path / "file", "rb") as file,
-        target(READER, tmp_path, str(file.fileno()), pass_fds=(file.fileno(),), prefix=isolated) as one,
+        target(READER, tmp_path, str(file.fileno()), pass_fds=(file.fileno(),), prefix=ISOLATED) as one,
     ):
         assert one.said() == str(b"content")
         made = commands.told("create", "warm", "--pid", str(one.pid))
@@ -89,8 +101,7 @@ def test_a_file_of_a_mount_that_it_can_not_see_is_opened_anew(tmp_path: Path, co
 def test_a_log_of_a_mount_that_it_can_not_see_is_refused(how: str, tmp_path: Path, commands: Commands) -> None:
     """As a container's that goes to a file of the host."""
     log = tmp_path / "log"
-    isolated = ("unshare", "--mount")
-    with open(log, how) as file, target(HOLDER, tmp_path, stdout=file.fileno(), prefix=isolated) as one:
+    with open(log, how) as file, target(HOLDER, tmp_path, stdout=file.fileno(), prefix=ISOLATED) as one:
         one.said()
         error = commands.refused("create", "warm", "--pid", str(one.pid), code=1)
         assert f"descriptor 1 writes {log}, on a mount that it can't see" in error["message"]

@@ -77,6 +77,7 @@ def target(
     tmp_path: Path,
     *arguments: str,
     stdout: int | None = subprocess.DEVNULL,
+    stderr: int | None = subprocess.DEVNULL,
     pass_fds: tuple[int, ...] = (),
     prefix: tuple[str, ...] = (),
     session: bool = True,
@@ -87,7 +88,7 @@ def target(
         [*prefix, sys.executable, "-c", PRELUDE + body, told, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=stdout,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr,
         start_new_session=session,
         pass_fds=pass_fds,
     )

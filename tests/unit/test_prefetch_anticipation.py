@@ -17,6 +17,7 @@ import trio.testing
 
 from prefetch import anticipation
 from prefetch.anticipation import AGAIN_S, PERIOD_S, SOON_S, Anticipation, Score, Target
+from prefetch.course import Course
 from prefetch.filler import Fill
 from prefetch.foresight import Foresight
 from prefetch.occupancy import Key
@@ -54,7 +55,7 @@ class FakeReader:
     def read_predicted(self, target: Target) -> Standing | None:
         self.targets.append(target)
         self.on_read()
-        fill = Fill(iter(()), {}, lambda: None)
+        fill = Fill(Course(()), {}, lambda: None)
         self.fills.append(fill)
         if not self.holds:
             make_warm(self.shelf, target.key)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from prefetch.filler import CHUNK_BYTES, Fill, Filler, FillerConfig, cut
+from prefetch.course import CHUNK_BYTES, Course
+from prefetch.filler import Fill, Filler, FillerConfig
 from prefetch.pace import Disks
 from prefetch.plan import Extent
 from prefetch.residency import drop, resident_bytes
@@ -40,7 +41,7 @@ def filler() -> Iterator[Filler]:
 
 
 def begin(filler: Filler, fd: int, *extents: tuple[int, int]) -> Fill:
-    fill = Fill(cut(Extent("f", *one) for one in extents), {"f": fd}, lambda: None)
+    fill = Fill(Course(Extent("f", *one) for one in extents), {"f": fd}, lambda: None)
     filler.start(fill)
     return fill
 
@@ -141,15 +142,6 @@ def test_a_device_that_fails_under_a_huge_page_ends_its_fill(
     assert fill.failure == f"f: {os.strerror(errno.EIO)}"
 
 
-def test_parts_end_where_their_multiples_do() -> None:
-    parts = list(cut(iter([Extent("f", CHUNK_BYTES - 4096, CHUNK_BYTES + 8192)])))
-    assert [(one.offset, one.nbytes) for one in parts] == [
-        (CHUNK_BYTES - 4096, 4096),
-        (CHUNK_BYTES, CHUNK_BYTES),
-        (2 * CHUNK_BYTES, 4096),
-    ]
-
-
 def test_a_device_that_fails_ends_its_fill_and_no_other(
     filler: Filler, file: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,7 +216,7 @@ def test_two_models_take_turns(file: int, monkeypatch: pytest.MonkeyPatch) -> No
     fills = []
     for name in ("a", "b"):
         parts = [Extent(name, number * CHUNK_BYTES, CHUNK_BYTES) for number in range(3)]
-        fills.append(Fill(iter(parts), {}, lambda: None))
+        fills.append(Fill(Course(parts), {}, lambda: None))
         filler.start(fills[-1])
     filler.halt(False)
     assert all(fill.ended.wait(SOON_S) for fill in fills)
@@ -289,7 +281,7 @@ def test_as_much_is_under_way_as_the_kernel_reads_ahead_allows(file: int, monkey
     monkeypatch.setattr(linux, "reports_free_pages", lambda: True)
     filler = Filler(FillerConfig(depth=8))
     parts = (Extent("f", number * CHUNK_BYTES, CHUNK_BYTES) for number in range(40))
-    fill = Fill(parts, {"f": file}, lambda: None)
+    fill = Fill(Course(parts), {"f": file}, lambda: None)
     filler.start(fill)
     assert fill.ended.wait(SOON_S)
     filler.close()
@@ -297,13 +289,13 @@ def test_as_much_is_under_way_as_the_kernel_reads_ahead_allows(file: int, monkey
 
 
 def test_whoever_is_told_of_the_end_may_wait_for_another(filler: Filler, file: int) -> None:
-    told, first = threading.Event(), Fill(cut(iter([Extent("f", 0, 4096)])), {"f": file}, lambda: None)
+    told, first = threading.Event(), Fill(Course([Extent("f", 0, 4096)]), {"f": file}, lambda: None)
 
     def wait() -> None:
         filler.halt(False)  # needs the filler's lock
         told.set()
 
-    second = Fill(cut(iter([Extent("f", 0, 4096)])), {"f": file}, wait)
+    second = Fill(Course([Extent("f", 0, 4096)]), {"f": file}, wait)
     for fill in (first, second):
         filler.start(fill)
     assert told.wait(SOON_S)
@@ -317,7 +309,7 @@ def test_an_end_that_fails_is_logged_and_the_next_one_comes(
     def fail() -> None:
         raise ValueError("no")
 
-    bad = Fill(cut(iter([Extent("f", 0, 4096)])), {"f": file}, fail)
+    bad = Fill(Course([Extent("f", 0, 4096)]), {"f": file}, fail)
     filler.start(bad)
     assert bad.ended.wait(SOON_S)
     assert begin(filler, file, (0, 4096)).ended.wait(SOON_S)

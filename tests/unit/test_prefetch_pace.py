@@ -144,7 +144,7 @@ def test_while_the_disk_reads_only_what_we_do_nothing_is_waited_for(machine: Mac
     for _ in range(100):
         machine.now_s += 0.02
         machine.read(READ, READ)
-        assert machine.pace.wait_s(3, READ) == 0  # it may be what is under way
+        assert machine.pace.wait_s(3, 3 * READ) == 0  # it may be what is under way
         machine.pace.came(READ)
         machine.pace.ended(READ)
     assert looks == 1
@@ -152,11 +152,11 @@ def test_while_the_disk_reads_only_what_we_do_nothing_is_waited_for(machine: Mac
 
 def test_when_it_reads_more_it_is_waited_until_nothing_is_under_way(machine: Machine) -> None:
     assert machine.pace.wait_s(0) == 0
-    assert machine.pace.wait_s(3, READ) == 0
+    assert machine.pace.wait_s(3, 3 * READ) == 0
     machine.now_s += 0.06
     machine.read(3 * READ + MIB, 4096)
-    assert machine.pace.wait_s(3, READ) > 0
-    assert machine.pace.wait_s(2, READ) > 0
+    assert machine.pace.wait_s(3, 3 * READ) > 0
+    assert machine.pace.wait_s(2, 2 * READ) > 0
     assert machine.pace.wait_s(0, READ) == 0
 
 

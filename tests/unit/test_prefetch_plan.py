@@ -123,8 +123,8 @@ def test_a_plan_takes_time_in_proportion() -> None:
         layout = layout_of([f"model.layers.{n * 60 // count}.mlp.experts.{n}.w.weight" for n in range(count)])
         took = []
         for _ in range(5):
-            started = time.perf_counter()
+            started = time.thread_time()
             plan(layout)
-            took.append(time.perf_counter() - started)
+            took.append(time.thread_time() - started)
         least.append(min(took))
     assert least[1] < 40 * least[0]

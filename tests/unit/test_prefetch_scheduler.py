@@ -20,7 +20,7 @@ from prefetch.occupancy import Key, Occupancy, Wanted
 from prefetch.pressure import Reason
 from prefetch.scheduler import Scheduler, SchedulerConfig
 from prefetch.standing import Standing
-from prefetch.wishes import is_trigger
+from prefetch.wishes import Wish, is_trigger
 from tests.unit.test_prefetch_foresight import FakePast
 from weightfs import linux
 from weightfs.formats.layout import Role, TensorExtent, WeightLayout
@@ -112,6 +112,41 @@ def test_descriptors_are_given_back_when_a_plan_fails(tmp_path: Path) -> None:
     assert scheduler.warm(b"a", None) == []
     assert all_closed(shelf)
     assert scheduler.status()["wanted"] == 0
+
+
+def test_a_loader_that_opens_weights_finds_first_pages_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("prefetch.underway.glance", lambda tensors, fds: asked.append(len(list(tensors))))
+    scheduler = Scheduler(FakeShelf(tmp_path, parts=4), SchedulerConfig())
+    scheduler._filler.halt(True)
+    for trigger, times in (("config.json", 0), ("model.safetensors", 1), ("model.safetensors", 1)):
+        standing = scheduler._begin((b"a", "model"), Wish(trigger=trigger))
+        assert standing is not None
+        assert asked == [4] * times
+        assert standing.fill is not None
+        assert standing.fill.awaited is bool(times)
+    scheduler._begin((b"b", "model"), Wish(trigger="model.safetensors"))
+    assert asked == [4, 4]
+    scheduler._filler.close()
+
+
+def test_the_filler_is_led_where_a_loader_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbytes = 64 * SIZE
+    scheduler = Scheduler(FakeShelf(tmp_path, nbytes=nbytes, parts=4), SchedulerConfig())
+    scheduler._filler.halt(True)
+    held: dict[int, int] = {}  # bytes in memory from an offset on
+    monkeypatch.setattr("prefetch.underway.resident_bytes", lambda fd, offset, size: min(size, held.get(offset, 0)))
+    standing = scheduler._begin((b"a", "model"), Wish(trigger="model.safetensors"))
+    assert standing is not None
+    assert standing.fill is not None
+    assert scheduler._underway.elsewhere() == []
+    third = nbytes // 4 * 3
+    held.update({third: 8 * SIZE, third + 4 * SIZE: 4 * SIZE})
+    [(fill, place)] = scheduler._underway.elsewhere()
+    assert (fill, place.offset) == (standing.fill, third + 8 * SIZE)
+    scheduler._filler.lead(fill, place)
+    assert next(fill.chunks).offset == third + 8 * SIZE
+    scheduler._filler.close()
 
 
 def test_a_model_is_read_and_its_descriptors_given_back(tmp_path: Path) -> None:

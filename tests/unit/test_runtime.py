@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import points, runtime
+from checkpoint import locking, points, runtime
 from checkpoint.errors import CheckpointError, CorruptError
 from checkpoint.journal import Entry, Journal, left_over
 
@@ -46,6 +46,59 @@ def test_each_sees_what_died_in_its_own(base: Path, monkeypatch: pytest.MonkeyPa
     assert list(left_over()) == []
     monkeypatch.setenv(runtime.VARIABLE, str(base))
     assert [entry.name for _, entry in left_over()] == ["warm"]
+
+
+def test_what_was_being_written_when_it_died_does_not_count(base: Path) -> None:
+    """A signal may cut a write of more than a page short."""
+    dead = begin("warm")
+    dead.at("dumping", tree=[(pid, 1) for pid in range(1000)])
+    (path,) = base.glob("checkpoint/*.json")
+    whole = path.read_bytes()
+    dead.at("committing", id="anything")
+    os.close(dead._fd)
+    for cut in (len(whole) + 1, len(path.read_bytes()) - 1):
+        os.truncate(path, cut)
+        entry = next(left_over())[1]
+        assert (entry.step, entry.id, len(entry.tree)) == ("dumping", "", 1000)
+
+
+def test_a_journal_that_died_before_its_first_line(base: Path) -> None:
+    dead = begin("warm")
+    os.close(dead._fd)
+    (path,) = base.glob("checkpoint/*.json")
+    os.truncate(path, 7)
+    assert list(left_over()) == []
+    assert not path.exists()
+
+
+def test_one_that_is_taken_for_left_over_before_it_is_locked(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another command looks just after the file was made, and removes it."""
+    lock = locking.flock
+    looked: list[list[tuple[str, Entry]]] = []
+
+    def after_another(fd: int, how: int, until: float) -> bool:
+        if not looked:
+            looked.append(list(left_over()))
+        return lock(fd, how, until)
+
+    monkeypatch.setattr(locking, "flock", after_another)
+    with begin("warm") as journal:
+        assert looked == [[]]
+        (path,) = base.glob("checkpoint/*.json")
+        assert os.path.samestat(path.stat(), os.fstat(journal._fd))
+
+
+def test_a_disk_without_room(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with begin("warm") as journal:
+        (path,) = base.glob("checkpoint/*.json")
+        before = path.read_bytes()
+        with monkeypatch.context() as full:
+            full.setattr(os, "pwrite", lambda fd, content, at: 3)
+            with pytest.raises(CheckpointError, match=f"{path}: can't be written: No space left"):
+                journal.at("dumping")
+        journal.at("locking")
+        assert path.read_bytes().startswith(before)
+        assert b'"step":"locking"' in path.read_bytes()
 
 
 def test_a_relative_path_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from checkpoint import weights
 from checkpoint.digest_cache import DigestCache
 from checkpoint.errors import CheckpointError, CorruptError, MisfitError
 from checkpoint.manifest import Manifest, Mount
-from checkpoint.weights import check_weights, identify, unchanged_since
+from checkpoint.weights import check_weights, identify, seen_by, unchanged_since
 from tests.helpers.snapshots import FINGERPRINT
 
 
@@ -55,25 +55,35 @@ def test_what_lies_on_a_mount_is_known_by_its_path_below_it(models: Path, tmp_pa
     unchanged_since(found.identities)
 
 
-def test_the_same_weights_pass_also_at_another_mountpoint(models: Path, tmp_path: Path) -> None:
+def test_weights_that_are_somewhere_else_are_not_there(models: Path, tmp_path: Path) -> None:
     said = manifest(models)
     assert set(check_weights(said)) == {str(models / "llama" / f"{name}.safetensors") for name in ("one", "two")}
-    elsewhere = tmp_path / "elsewhere"
-    models.rename(elsewhere)
+    models.rename(tmp_path / "elsewhere")
     with pytest.raises(MisfitError, match="not there"):
         check_weights(said)
-    identities = check_weights(said, str(elsewhere))
-    unchanged_since(identities)
 
 
 def test_weights_are_found_below_the_root_of_another_mount_namespace(models: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
     models.rename(root / "models")
-    found = identify(["/models/llama/one.safetensors"], mountpoints=["/models"], root=str(root))
-    assert found.weights[0].path == "llama/one.safetensors"
+    found = identify(["/models/llama/one.safetensors"], root=str(root))
+    assert found.weights[0].path == "/models/llama/one.safetensors"
     said = manifest(root / "models", mount=None, weights=list(found.weights))
-    assert list(check_weights(said, root=str(root))) == [str(root / "models/llama/one.safetensors")]
+    identities = check_weights(said, root=str(root))
+    assert list(identities) == [str(root / "models/llama/one.safetensors")]
+    inside = seen_by(7, said, identities, root=str(root))
+    assert inside == {"/proc/7/root/models/llama/one.safetensors": identities[next(iter(identities))]}
+
+
+def test_weights_on_a_mount_are_found_where_it_is_mounted_outside(models: Path, tmp_path: Path) -> None:
+    """Below the root filesystem of a container there is but an empty folder at that path."""
+    said = manifest(models)
+    identities = check_weights(said, root=str(tmp_path / "root"))
+    assert set(identities) == {str(models / "llama" / f"{name}.safetensors") for name in ("one", "two")}
+    inside = seen_by(os.getpid(), said, identities, root=str(tmp_path / "root"))
+    assert set(inside) == {f"/proc/{os.getpid()}/root{path}" for path in identities}
+    unchanged_since(inside)
 
 
 @pytest.mark.parametrize("content", [b"ONE" * 1000, b"one" * 999], ids=["other bytes", "shorter"])

@@ -7,8 +7,10 @@ The server is an unmodified one (`_plain_server.py`). Rows:
     cold           started from the model's own folder, nothing in memory: neither weights nor Python's libraries
     cold mount     the same from a weightfs mount
     warm mount     everything in memory that can be
-    restore        by `weightfs snapshot restore`, images in memory; the server had loaded from the mount
-    restore cold   the same with nothing in memory
+    restore        by `weightfs snapshot restore`, encrypted, what it reads in memory; the server loaded from the mount
+    restore unencrypted, restore plain
+                   the same of a snapshot made with --no-encrypt, and with --plain as well: CRIU reads its own images
+    restore cold   as `restore`, with nothing in memory
     suspend        GPU memory to the host and back in place, without CRIU: what `weightfs snapshot` does, less the dump
 
 Every sample ends when the client has the answer to a request, which must be the answer the server gave before. What the
@@ -41,7 +43,13 @@ from checkpoint.cuda_helper import Cuda
 from checkpoint.processes import tree_of
 
 HERE: Final = os.path.dirname(os.path.abspath(__file__))
-ROWS: Final = ("cold", "cold mount", "warm mount", "restore", "restore cold", "suspend")
+KINDS: Final = {
+    "restore": (),
+    "restore unencrypted": ("--no-encrypt",),
+    "restore plain": ("--no-encrypt", "--plain"),
+}
+"""How a row's snapshot is made; without a word of encryption, with a key."""
+ROWS: Final = ("cold", "cold mount", "warm mount", *KINDS, "restore cold", "suspend")
 START_S: Final = 240.0
 MOVE_S: Final = 120.0
 WEIGHTFS: Final = shutil.which("weightfs") or "weightfs"
@@ -92,11 +100,18 @@ class Place:
     device: str
     port: int
     answer: dict[str, Any] | None = None
-    image_bytes: dict[str, int] = field(default_factory=dict)
+    snapshot_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
 
-    @property
-    def store(self) -> str:
-        return os.path.join(self.folder, "snapshots")
+    def store(self, kind: str) -> str:
+        return os.path.join(self.folder, "snapshots", kind.replace(" ", "-"))
+
+    def key(self) -> str:
+        """A file with a key."""
+        path = os.path.join(self.folder, "key")
+        if not os.path.exists(path):
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(os.urandom(32))
+        return path
 
 
 def ask(port: int, path: str = "/", *, timeout_s: float = 30.0) -> dict[str, Any]:
@@ -176,26 +191,26 @@ def cold(place: Place, model: str, *, warm: bool = False) -> Sample:
     return sample
 
 
-def snapshot(place: Place) -> Sample:
+def snapshot(place: Place, kind: str) -> Sample:
     """Start a server from the mount, and snapshot it; the sample is that of the snapshot."""
     server, _ = start(place, place.mount)
     clock = Clock()
-    said = weightfs(place, "create", "--pid", str(server.pid), "--replace")
+    said = weightfs(place, kind, "create", "--pid", str(server.pid), "--replace", *KINDS[kind][1:])
     sample = _with_phases(clock, said)
     end(server.pid)
-    place.image_bytes = said["bytes"]
+    place.snapshot_bytes[kind] = said["bytes"]
     return sample
 
 
-def restored(place: Place, *, warm: bool) -> Sample:
-    """From the command to the answer. The command verifies the images' digests."""
+def restored(place: Place, kind: str, *, warm: bool) -> Sample:
+    """From the command to the answer. Every byte is verified on the way."""
     if warm:
-        fill_cache(place.store)
+        fill_cache(place.store(kind))
         fill_cache(place.mount)
     else:
         drop_caches()
     clock = Clock()
-    said = weightfs(place, "restore")
+    said = weightfs(place, kind, "restore")
     command = _with_phases(clock, said)
     clock.phases = {name: seconds for name, seconds in command.phases.items() if name != "unaccounted"}
     clock.phases["the command itself"] = command.phases["unaccounted"]
@@ -206,9 +221,10 @@ def restored(place: Place, *, warm: bool) -> Sample:
     return sample
 
 
-def weightfs(place: Place, command: str, *arguments: str) -> dict[str, Any]:
+def weightfs(place: Place, kind: str, command: str, *arguments: str) -> dict[str, Any]:
     """What `weightfs snapshot COMMAND` says."""
-    argv = [WEIGHTFS, "snapshot", command, "server", "--store", place.store, "--no-encrypt", "--json", *arguments]
+    encryption = KINDS[kind][:1] or ("--key-file", place.key())
+    argv = [WEIGHTFS, "snapshot", command, "server", "--store", place.store(kind), *encryption, "--json", *arguments]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=2 * MOVE_S, check=False)
     said: dict[str, Any] = json.loads(done.stdout or "{}")
     if done.returncode:
@@ -287,10 +303,13 @@ def measure(place: Place, rows: list[str], rounds: int, cold_rounds: int) -> dic
     if "suspend" in rows:
         for sample in suspended(place, rounds):
             samples.setdefault("suspend", []).append(told("suspend", sample))
-    if {"restore", "restore cold"} & set(rows):
-        samples["(snapshot)"] = [told("(snapshot)", snapshot(place))]
-        row("restore", rounds, lambda: restored(place, warm=True))
-        row("restore cold", cold_rounds, lambda: restored(place, warm=False))
+    kinds = [kind for kind in KINDS if kind in rows or (kind == "restore" and "restore cold" in rows)]
+    for kind in kinds:
+        samples[f"(snapshot for {kind})"] = [told(f"(snapshot for {kind})", snapshot(place, kind))]
+    for _ in range(rounds):  # one after the other, so that whatever else the machine does meets all of them
+        for kind in kinds:
+            row(kind, 1, lambda kind=kind: restored(place, kind, warm=True))  # type: ignore[misc]
+    row("restore cold", cold_rounds, lambda: restored(place, "restore", warm=False))
     return samples
 
 
@@ -385,7 +404,7 @@ def main() -> None:
         "huge_pages": policy,
         "gpus": _gpus(),
         "model": about,
-        "snapshot_bytes": place.image_bytes,
+        "snapshot_bytes": place.snapshot_bytes,
         "rows": [summary(name, ones) for name, ones in samples.items()],
     }
     if given.json:
