@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from checkpoint.chunks.keys import MasterKey
 from checkpoint.digests import Identity
+from checkpoint.errors import CorruptError
 from checkpoint.keeping import IMAGES
 from checkpoint.laying import Laid, LaidPlain
 from checkpoint.preflight_memory import available_bytes
@@ -69,6 +70,8 @@ class Readable:
         from checkpoint.pages import Sources
         from checkpoint.scratch import Scratch
 
+        if len(weights) != len(self._snapshot.manifest.weights):
+            raise CorruptError("names a weight file twice", path=self._snapshot.folder, mend="make the snapshot anew")
         threads = len(os.sched_getaffinity(0))
         must_not_swap = self._master is not None
         with (
