@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-from checkpoint.chunks.keys import MasterKey
 from checkpoint.digests import Identity
 from checkpoint.errors import CorruptError
 from checkpoint.keeping import IMAGES
 from checkpoint.laying import Laid, LaidPlain
 from checkpoint.preflight_memory import available_bytes
 from checkpoint.snapshots import Snapshot
+
+if TYPE_CHECKING:
+    from checkpoint.chunks.keys import MasterKey
 
 
 class Readable:

@@ -6,16 +6,18 @@ import os
 import stat
 import threading
 from collections.abc import Collection
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import blake3
 import msgspec
 
 from checkpoint import guarded, manifest
-from checkpoint.chunks.keys import MasterKey
 from checkpoint.digests import digest_files
 from checkpoint.errors import CorruptError, RetryError
 from checkpoint.manifest import Manifest
+
+if TYPE_CHECKING:
+    from checkpoint.chunks.keys import MasterKey
 
 MANIFEST: Final = "manifest.json"
 IMAGES: Final = "images"

@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from checkpoint import guarded, manifest
-from checkpoint.chunks.keys import MasterKey
 from checkpoint.drafts import Draft
 from checkpoint.errors import CheckpointError, MisfitError, RetryError, SnapshotNameError
 from checkpoint.locking import flock, leads_to
@@ -40,6 +39,7 @@ from checkpoint.snapshots import IMAGES, Snapshot, examined
 from weightfs import linux
 
 if TYPE_CHECKING:
+    from checkpoint.chunks.keys import MasterKey
     from checkpoint.chunks.packs import Pruned
 
 __all__ = ["DEFAULT", "Draft", "Listed", "Snapshot", "Store"]
