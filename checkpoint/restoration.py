@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -35,7 +35,6 @@ from checkpoint import (
     stdio,
     userfaultfd,
 )
-from checkpoint.chunks.keys import MasterKey
 from checkpoint.criu_command import options_kept
 from checkpoint.cuda import Pair
 from checkpoint.digests import Identity
@@ -56,6 +55,9 @@ from checkpoint.store import Store
 from checkpoint.tools import Tools
 from checkpoint.verification import Verification, Verified
 from checkpoint.weights import check_weights, seen_by, unchanged_since
+
+if TYPE_CHECKING:
+    from checkpoint.chunks.keys import MasterKey
 
 _CRIU_S: Final = 120.0
 _REPLACED_S: Final = 30.0
