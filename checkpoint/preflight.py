@@ -29,6 +29,9 @@ _TUN: Final = (10, 200)
 _KNOWN_PROTOCOLS: Final = ("TCP", "UDP", "RAW", "UNIX", "NETLINK", "PACKET", "PING")
 _LARGE_GHOST_BYTES: Final = 64 << 20
 
+LOG_WRITTEN: Final = "log-written"
+"""Of the process's own output, which leads elsewhere after a restore by `snapshot run`."""
+
 _START_ANEW: Final = "start the program anew, so that it uses the files that are there"
 
 
@@ -143,12 +146,14 @@ def _of_a_descriptor(process: Process, one: Descriptor, processes: Sequence[Proc
         mend = "have its output go through a pipe, as container runtimes do, or start it by `weightfs snapshot run`"
         yield _fatal("unseen-log", process.pid, what, why, mend)
     elif one.kind == "file" and one.can_write and not one.flags & os.O_APPEND and not one.is_deleted:
+        code = "file-written"
         why = "it can be restored only while the file has the size it has at the dump"
         mend = "open it for appending (>> in a shell), or write it elsewhere after the snapshot"
         if one.fd in (1, 2):
+            code = LOG_WRITTEN
             why = "a restore appends to it, and while this process goes on, each writes over the other's lines"
             mend = "open it for appending (>> in a shell), or restore with --log"
-        yield _note("file-written", process.pid, f"{where} writes {one.target}", why, mend)
+        yield _note(code, process.pid, f"{where} writes {one.target}", why, mend)
 
 
 def _of_a_pidfd(process: Process, one: Descriptor, processes: Sequence[Process], proc: str) -> Iterator[Finding]:

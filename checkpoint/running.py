@@ -24,6 +24,7 @@ from checkpoint.chunks.keys import MasterKey
 from checkpoint.creation import CreateOptions, create
 from checkpoint.errors import CheckpointError, SnapshotNameError
 from checkpoint.foreground import Foreground, Interrupted
+from checkpoint.preflight import LOG_WRITTEN
 from checkpoint.readiness import Readiness
 from checkpoint.relaying import Relay
 from checkpoint.restoration import RestoreOptions, restore
@@ -202,7 +203,8 @@ def _snapshot(name: str, options: RunOptions, around: Surroundings, parent: Fore
         around.say(f"no snapshot: {e}" + (f"; {e.mend}" if e.mend else ""))
     else:
         for finding in created.findings:
-            around.say(str(finding))
+            if finding.code != LOG_WRITTEN:
+                around.say(str(finding))
         around.say(f"{name} snapshotted, {sum(created.seconds.values()):.3f} s")
 
 

@@ -80,7 +80,7 @@ def test_the_fatal_come_first_and_are_documents() -> None:
     writes = Descriptor(fd=1, target="/var/log/x", kind="file", flags=os.O_WRONLY)
     ring = Descriptor(fd=2, target="anon_inode:[io_uring]", kind="anon")
     first, second = examine([process(writes, ring)], sockets={})
-    assert (first.code, second.code) == ("io-uring", "file-written")
+    assert (first.code, second.code) == ("io-uring", "log-written")
     assert set(first.document()) == {"code", "pid", "what", "why", "mend", "fatal"}
     assert str(first).startswith("process 4194300: descriptor 2 is an io_uring: ")
 
