@@ -130,18 +130,6 @@ class Vault:
         return len(self.packs.get(id_))
 
 
-def require_not_encrypted(snapshot: Snapshot, master: MasterKey | None) -> None:
-    """Refuse a plain snapshot where a key is given: who gives one takes nothing that anybody could have written.
-
-    Raises:
-        CorruptError: a key is given.
-    """
-    if master is not None:
-        raise CorruptError(
-            "is not encrypted, though a key is given", path=snapshot.folder, mend="use --no-encrypt to trust it"
-        )
-
-
 def live_chunks(vault: Vault, snapshots: Callable[[], Iterable[Snapshot]]) -> Callable[[], set[bytes]]:
     """The ids of all chunks that snapshots need, found when it is called; for `Packs.prune`.
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from checkpoint.chunks.keys import MasterKey
 from checkpoint.drafts import Draft
 from checkpoint.manifest import Manifest
 from checkpoint.preflight_memory import available_bytes
 from checkpoint.snapshots import Snapshot
 
 if TYPE_CHECKING:
+    from checkpoint.chunks.keys import MasterKey
     from checkpoint.chunks.packs import PackWriter
     from checkpoint.contents import Vault
     from checkpoint.ingestion import Ingested

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-from checkpoint.chunks.keys import MasterKey
 from checkpoint.digests import Identity
 from checkpoint.errors import CorruptError
 from checkpoint.keeping import IMAGES
 from checkpoint.laying import Laid, LaidPlain
 from checkpoint.preflight_memory import available_bytes
 from checkpoint.snapshots import Snapshot
+
+if TYPE_CHECKING:
+    from checkpoint.chunks.keys import MasterKey
 
 
 class Readable:
@@ -32,12 +35,7 @@ class Readable:
         self._snapshot = snapshot
         self._master = master
         if self.is_plain:
-            if master is not None:
-                raise CorruptError(
-                    "is not encrypted, though a key is given",
-                    path=snapshot.folder,
-                    mend="use --no-encrypt to trust it",
-                )
+            snapshot.require_not_encrypted(master)
             return
         from checkpoint.ahead import read_ahead
         from checkpoint.contents import Vault
@@ -75,6 +73,8 @@ class Readable:
         from checkpoint.pages import Sources
         from checkpoint.scratch import Scratch
 
+        if len(weights) != len(self._snapshot.manifest.weights):
+            raise CorruptError("names a weight file twice", path=self._snapshot.folder, mend="make the snapshot anew")
         threads = len(os.sched_getaffinity(0))
         must_not_swap = self._master is not None
         with (

@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -35,7 +35,6 @@ from checkpoint import (
     stdio,
     userfaultfd,
 )
-from checkpoint.chunks.keys import MasterKey
 from checkpoint.criu_command import options_kept
 from checkpoint.cuda import Pair
 from checkpoint.digests import Identity
@@ -56,6 +55,9 @@ from checkpoint.store import Store
 from checkpoint.tools import Tools
 from checkpoint.verification import Verification, Verified
 from checkpoint.weights import check_weights, seen_by, unchanged_since
+
+if TYPE_CHECKING:
+    from checkpoint.chunks.keys import MasterKey
 
 _CRIU_S: Final = 120.0
 _REPLACED_S: Final = 30.0
@@ -372,8 +374,9 @@ def _counted(manifest: Manifest, tools: Tools) -> list[str]:
     except OSError:
         return []
     if before and not manifest.hooks:
+        times = "once" if before == 1 else f"{before} times"
         return [
-            f"snapshot {manifest.name} has been restored {before} times before: its clones share random state, TLS "
+            f"snapshot {manifest.name} has been restored {times} before: its clones share random state, TLS "
             "sessions and tokens unless hooks (checkpoint.on_restore) renew them"
         ]
     return []

@@ -9,11 +9,12 @@ told in one line, unless `strict`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Final
@@ -51,7 +52,8 @@ class RunOptions:
         replace: also if there is one that could not be restored.
         strict: that one can't be restored is an error.
         verify: whether images are compared with their digests before a restore.
-        master: the key of the snapshot; None where it is not encrypted.
+        master: gives the key of the snapshot, None where it is not encrypted; that it can't is one more reason for a
+            cold start. Called before anything is started: a key in the environment is not for the command.
     """
 
     command: Sequence[str]
@@ -62,7 +64,7 @@ class RunOptions:
     replace: bool = False
     strict: bool = False
     verify: bool = True
-    master: MasterKey | None = None
+    master: Callable[[], MasterKey | None] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +118,7 @@ def _restored(
 ) -> WeightfsError | None:
     """Restore the snapshot; gives what kept it from that."""
     try:
-        with parent.hold(), around.tools() as tools:
+        with parent.hold(), _keyed(options.master) as master, around.tools() as tools:
             back = restore(
                 name,
                 around.store(),
@@ -127,7 +129,7 @@ def _restored(
                     attached=relay.given,
                     command=options.command,
                     verify=options.verify,
-                    master=options.master,
+                    master=master,
                 ),
             )
             parent.adopt(back.pid)
@@ -137,6 +139,11 @@ def _restored(
         around.say(warning)
     around.say(f"{name} restored, pid {back.pid}, {sum(back.seconds.values()):.3f} s")
     return None
+
+
+@contextlib.contextmanager
+def _keyed(master: Callable[[], MasterKey | None]) -> Iterator[MasterKey | None]:
+    yield master()
 
 
 def _started(
@@ -187,16 +194,16 @@ def _point(around: Surroundings) -> str | None:
 
 def _snapshot(name: str, options: RunOptions, around: Surroundings, parent: Foreground, point: str) -> None:
     reached = points.reached(point) is not None
-    made = CreateOptions(
-        leave_running=True,
-        replace=options.replace,
-        timeout_s=options.timeout_s,
-        point=point if reached else None,
-        command=options.command,
-        master=options.master,
-    )
     try:
-        with parent.hold(), around.tools() as tools:
+        with parent.hold(), _keyed(options.master) as master, around.tools() as tools:
+            made = CreateOptions(
+                leave_running=True,
+                replace=options.replace,
+                timeout_s=options.timeout_s,
+                point=point if reached else None,
+                command=options.command,
+                master=master,
+            )
             created = create(name, parent.pid, around.store(), tools, made)
     except Interrupted:
         around.say("no snapshot: a signal came first")

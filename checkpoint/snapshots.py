@@ -6,7 +6,7 @@ import os
 import stat
 import threading
 from collections.abc import Collection
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import blake3
 import msgspec
@@ -15,6 +15,9 @@ from checkpoint import guarded, manifest
 from checkpoint.digests import digest_files
 from checkpoint.errors import CorruptError, RetryError
 from checkpoint.manifest import Manifest
+
+if TYPE_CHECKING:
+    from checkpoint.chunks.keys import MasterKey
 
 MANIFEST: Final = "manifest.json"
 IMAGES: Final = "images"
@@ -49,6 +52,16 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
         Its log and statistics go elsewhere (`--work-dir`), for nothing may be added.
         """
         return os.path.join(self.folder, IMAGES)
+
+    def require_not_encrypted(self, master: MasterKey | None) -> None:
+        """Refuse a plain one where a key is given: who gives one takes nothing that anybody could have written.
+
+        Raises:
+            CorruptError: a key is given.
+        """
+        if master is not None:
+            mend = "use --no-encrypt to trust it"
+            raise CorruptError("is not encrypted, though a key is given", path=self.folder, mend=mend)
 
     def verify(self, names: Collection[str] | None = None, stopping: threading.Event | None = None) -> int:
         """Read images of a plain one, and compare their digests; gives how many bytes that were.

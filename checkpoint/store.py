@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from checkpoint import guarded, manifest
-from checkpoint.chunks.keys import MasterKey
 from checkpoint.drafts import Draft
 from checkpoint.errors import CheckpointError, MisfitError, RetryError, SnapshotNameError
 from checkpoint.locking import flock, leads_to
@@ -40,6 +39,7 @@ from checkpoint.snapshots import IMAGES, Snapshot, examined
 from weightfs import linux
 
 if TYPE_CHECKING:
+    from checkpoint.chunks.keys import MasterKey
     from checkpoint.chunks.packs import Pruned
 
 __all__ = ["DEFAULT", "Draft", "Listed", "Snapshot", "Store"]
@@ -151,14 +151,14 @@ class Store:
             name: of the snapshot.
             master: the key it is encrypted with; None where it must not be encrypted.
         """
-        from checkpoint import contents  # libraries that those who only look at names do not need
-
         with self.lock(name, shared=True):
             snapshot = self.open(name)
             if snapshot.manifest.content == "plain":
-                contents.require_not_encrypted(snapshot, master)
+                snapshot.require_not_encrypted(master)
                 snapshot.verify()
             else:
+                from checkpoint import contents  # libraries that those who only look at names do not need
+
                 contents.Vault(self.path, master).verify(snapshot)
             return snapshot
 

@@ -121,6 +121,36 @@ def test_a_process_that_has_copied_its_weights(tmp_path: Path, it: Keyed, mounte
         assert one.ask() == before
 
 
+@pytest.mark.parametrize("is_mounted", [True, False])
+def test_weights_that_were_read_and_closed(tmp_path: Path, it: Keyed, mounter: Mounter, is_mounted: bool) -> None:
+    path = add_weights(tmp_path / "models")
+    unused = write_safetensors(
+        str(tmp_path / "models" / "m" / "unused.safetensors"), {"w": Tensor("U8", (8,), b"8bytes..")}
+    )
+    wait_until_settled(unused)
+    if is_mounted:
+        path = mounter(str(tmp_path / "models")).path("m", "model.safetensors")
+    options = ["--weights", os.path.dirname(path)]
+    with target(COPIES, tmp_path, path, "closed", f"--model={os.path.dirname(path)}") as one:
+        before = one.said()
+        it.told("create", "warm", "--pid", str(one.pid), *([] if is_mounted else options))
+        one.process.wait(10)
+        assert it.stored() < OTHER_BYTES + (8 << 20)
+        named = [weight["path"] for weight in it.told("show", "warm")["manifest"]["weights"]]
+        assert [os.path.basename(each) for each in named] == ["model.safetensors"]
+        os.unlink(unused)
+        it.told("restore", "warm")
+        assert one.ask() == before
+
+
+def test_weights_that_are_not_there(tmp_path: Path, it: Keyed) -> None:
+    with target("tell('on')\nwait()\ntell('and on')\nwait()", tmp_path) as one:
+        one.said()
+        error = it.refused("create", "warm", "--pid", str(one.pid), "--weights", "/nowhere", code=1)
+        assert error["path"] == "/nowhere"
+        assert one.ask() == "and on"
+
+
 def test_a_second_snapshot_adds_little(tmp_path: Path, it: Keyed) -> None:
     path = add_weights(tmp_path)
     with target(COPIES, tmp_path, path) as one:

@@ -76,10 +76,10 @@ class Service:
     def command(self) -> list[str]:
         return [sys.executable, str(self.program), str(self.ready)]
 
-    def arguments(self, *options: str) -> list[str]:
+    def arguments(self, *options: str, key: Sequence[str] = ("--no-encrypt",)) -> list[str]:
         return [
-            *(sys.executable, "-c", "from weightfs.cli.main import main; main()", "snapshot", "run", "service"),
-            *("--no-encrypt", "--store", str(self.folder / "store"), "--ready-file", str(self.ready), *options, "--"),
+            *(sys.executable, "-c", "from weightfs.cli.main import main; main()", "snapshot", "run", "service", *key),
+            *("--store", str(self.folder / "store"), "--ready-file", str(self.ready), *options, "--"),
         ]
 
     @contextlib.contextmanager
@@ -172,6 +172,23 @@ def test_damaged_images_are_a_cold_start_or_with_strict_exit_4(snapshotted: Serv
     with snapshotted.run() as cold:
         cold.said("begun")
         assert "would be exit 4" in cold.log.read_text()
+
+
+def test_a_key_that_can_not_be_had_is_a_cold_start_or_with_strict_exit_1(service: Service) -> None:
+    key = service.folder / "key"
+    options = ("--key-file", str(key))
+    with service.running([*service.arguments("--create", key=options), *service.command]) as cold:
+        cold.said("begun")
+        assert "cold start: " in cold.log.read_text()
+        assert str(key) in cold.log.read_text()
+    with service.running([*service.arguments("--strict", key=options), *service.command]) as strict:
+        assert strict.process.wait(30) == 1
+    key.touch(0o600)
+    key.write_bytes(os.urandom(32))
+    with service.running([*service.arguments("--create", key=options), *service.command]) as made:
+        made.said("snapshotted")
+    with service.running([*service.arguments("--strict", key=options), *service.command]) as back:
+        back.said("restored")
 
 
 def test_another_command_is_not_restored(snapshotted: Service) -> None:

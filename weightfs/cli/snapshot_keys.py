@@ -23,8 +23,24 @@ def master_key(
     """The key that one of the options names; None where nothing is encrypted.
 
     Raises:
-        UsageError: not exactly one of them is given: scripts say from the start whether a snapshot is encrypted.
+        UsageError: not exactly one of them is given.
         MasterKeyError: there is no key where it says.
+    """
+    require_choice(key_file, key_env, key_command, no_encrypt=no_encrypt)
+    if no_encrypt:
+        return None
+    from checkpoint.chunks import keys
+
+    if key_file is not None:
+        return keys.from_file(key_file)
+    return keys.from_environment(key_env) if key_env is not None else keys.from_command(key_command or "")
+
+
+def require_choice(key_file: str | None, key_env: str | None, key_command: str | None, *, no_encrypt: bool) -> None:
+    """Scripts say from the start whether a snapshot is encrypted, and how.
+
+    Raises:
+        UsageError: not exactly one of the options is given.
     """
     given = [one for one in (key_file, key_env, key_command) if one is not None]
     if given and no_encrypt:
@@ -33,10 +49,3 @@ def master_key(
         raise UsageError("name one key: --key-file, --key-env or --key-command")
     if not given and not no_encrypt:
         raise UsageError("say whether the snapshot is encrypted: --key-file, --key-env, --key-command or --no-encrypt")
-    if no_encrypt:
-        return None
-    from checkpoint.chunks import keys
-
-    if key_file is not None:
-        return keys.from_file(key_file)
-    return keys.from_environment(key_env) if key_env is not None else keys.from_command(key_command or "")

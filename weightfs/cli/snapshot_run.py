@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from weightfs import systemd
 from weightfs.cli.output import printable, reporting
-from weightfs.cli.snapshot_keys import KeyCommand, KeyEnv, KeyFile, NoEncrypt, master_key
+from weightfs.cli.snapshot_keys import KeyCommand, KeyEnv, KeyFile, NoEncrypt, master_key, require_choice
 from weightfs.cli.snapshot_store import DEFAULT_STORE, StoreFolder
 from weightfs.cli.snapshotting import (
     Name,
@@ -44,7 +45,7 @@ def run(
     Example: weightfs snapshot run llama --no-encrypt --create --ready-url http://127.0.0.1:8000/health -- llama-server
     """
     with reporting(as_json=False):
-        master = master_key(key_file, key_env, key_command, no_encrypt=no_encrypt)
+        require_choice(key_file, key_env, key_command, no_encrypt=no_encrypt)
         command = list(context.args)
         if not command:
             raise UsageError("name the command (-- COMMAND...)")
@@ -63,7 +64,7 @@ def run(
             replace=replace,
             strict=strict,
             verify=not no_verify,
-            master=master,
+            master=functools.cache(lambda: master_key(key_file, key_env, key_command, no_encrypt=no_encrypt)),
         )
         around = running.Surroundings(
             store=lambda: Store(store), tools=tools, say=_say, ready=lambda: systemd.notify("READY=1")

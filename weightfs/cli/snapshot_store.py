@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DEFAULT_STORE: Final = "/var/lib/weightfs/snapshots"
 _FACTS: Final = 11
+_CONTENT: Final = {"plain": "CRIU's images as they are", "recipes": "recipes, and chunks that were new to the store"}
 
 StoreFolder = Annotated[str, typer.Option("--store", help="Folder that holds the snapshots.")]
 Names = Annotated[list[str], typer.Argument(help="Snapshots.", metavar="NAME...")]
@@ -53,7 +54,8 @@ def list_snapshots(store: StoreFolder = DEFAULT_STORE, as_json: Json = False) ->
                 say(f"{row['name']:{width}}  can't be used: {printable(row['reason'])}")
                 continue
             fits = "fits" if row["fits"] else f"does not fit: {printable(row['reason'])}"
-            say(f"{row['name']:{width}}  {row['created']}  {human_bytes(row['bytes_stored']):>10}  {fits}")
+            sizes = f"{human_bytes(row['bytes_stored']):>10} of {human_bytes(row['bytes_logical']):<10}"
+            say(f"{row['name']:{width}}  {row['created']}  {sizes}  {fits}")
 
 
 def show(
@@ -313,6 +315,8 @@ def _print_facts(snapshot: Snapshot) -> None:
         "command": " ".join(manifest.command),
         "processes": f"{len(manifest.pids)}, {len(manifest.cuda_pids)} of them with CUDA; root {manifest.root_pid}",
         "images": f"{human_bytes(manifest.bytes_logical)} in {len(manifest.files)} files",
+        "stored": f"{human_bytes(snapshot.bytes_stored)}: {_CONTENT[manifest.content]}, "
+        + (f"encrypted with the key {manifest.key_id}" if manifest.key_id else "not encrypted"),
         "weights": f"{human_bytes(weights_bytes)} in {len(manifest.weights)} files"
         + (f" on {mount.mountpoint} (of {mount.source})" if mount else ""),
         "listens": ", ".join(manifest.listeners) or "nowhere",
