@@ -108,8 +108,6 @@ class RestoreOptions:
         sibling: the root becomes a child of whoever called, who then waits for it (`--restore-sibling`).
         lazy_pages: memory is filled in by a page server.
         leave_stopped: every process is stopped (SIGSTOP) once it is restored.
-        join: namespaces to restore into, as `net:/run/netns/x`.
-        empty_net: the network namespace is made anew and left empty.
         enter: the command before CRIU's that has it run in other namespaces; the pid it tells is one in there.
     """
 
@@ -125,8 +123,6 @@ class RestoreOptions:
     sibling: bool = False
     lazy_pages: bool = False
     leave_stopped: bool = False
-    join: tuple[str, ...] = ()
-    empty_net: bool = False
     enter: tuple[str, ...] = ()
 
 
@@ -209,16 +205,12 @@ def restore_argv(criu: Criu, images: str, options: RestoreOptions, *, work: str 
         argv += ["--inherit-fd", f"fd[{fd}]:{resource}"]
     if o.root is not None:
         argv += ["--root", o.root]
-    for namespace in o.join:
-        argv += ["--join-ns", namespace]
     if o.sibling:
         argv.append("--restore-sibling")
     if o.lazy_pages:
         argv.append("--lazy-pages")
     if o.leave_stopped:
         argv.append("--leave-stopped")
-    if o.empty_net:
-        argv += ["--empty-ns", "net"]
     return argv
 
 

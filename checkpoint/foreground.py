@@ -122,12 +122,16 @@ class Foreground:
         return self._status
 
     def end_children(self) -> None:
-        """Kill every child: one may have come to be of which an interrupted step did not tell any more."""
-        for pid in _children():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, 0)
+        """Kill every child, and every child of these, which become ours when they lose their parent.
+
+        One may have come to be of which an interrupted step did not tell any more.
+        """
+        while children := _children():
+            for pid in children:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
 
     def _collect(self, flags: int) -> bool:
         try:

@@ -83,7 +83,10 @@ class Journal:
         self._path, self._fd = _begun(runtime.made(_FOLDER))
         entry.work = self._path.removesuffix(_SUFFIX)
         self._write()
-        os.mkdir(entry.work, 0o700)
+        try:
+            os.mkdir(entry.work, 0o700)
+        except OSError as e:
+            raise guarded.unwritable(entry.work, e) from e
 
     def __enter__(self) -> Journal:
         return self
@@ -133,13 +136,15 @@ def left_over() -> Iterator[tuple[str, Entry]]:
 
     Raises:
         CorruptError: others could have written where they lie.
-        CheckpointError: one can't be read.
+        CheckpointError: they, or one of them, can't be read.
     """
     folder = runtime.path_of(_FOLDER)
     try:
         names = sorted(os.listdir(folder))
     except FileNotFoundError:
         return
+    except OSError as e:
+        raise CheckpointError(f"can't be read: {os.strerror(e.errno or 0)}", path=folder) from e
     guarded.require_path_ours(folder)
     for name in names:
         if not name.endswith(_SUFFIX):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Final
 
 from checkpoint import control, points, readiness, stdio
 from checkpoint.creation import Created, CreateOptions, create, published, undo
@@ -17,6 +19,9 @@ from checkpoint.processes import start_ticks
 from checkpoint.readiness import Readiness
 from checkpoint.store import Store
 from checkpoint.tools import Tools
+
+_WAITED_FOR_S: Final = 1.0
+"""It has ended by then."""
 
 
 def create_of_command(
@@ -69,7 +74,8 @@ def create_of_command(
             raise
         finally:
             if child is not None and not (options.leave_running and child.poll() is None):
-                child.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):  # one that does not die was named already
+                    child.wait(_WAITED_FOR_S)
 
 
 def start(command: Sequence[str], output: int | None, point: str) -> subprocess.Popen[bytes]:

@@ -28,10 +28,13 @@ def make() -> str:
     Raises:
         CheckpointError: it can't be made, or others could have written there.
     """
-    from checkpoint import runtime  # here, since `client` is imported by programs that need nothing else of ours
+    from checkpoint import guarded, runtime  # here: `client` is imported by programs that need nothing else of ours
 
     path = os.path.join(runtime.made(_FOLDER), os.urandom(8).hex())
-    os.mkdir(path, 0o700)
+    try:
+        os.mkdir(path, 0o700)
+    except OSError as e:
+        raise guarded.unwritable(path, e) from e
     return path
 
 
@@ -47,9 +50,10 @@ def reached(folder: str) -> str | None:
 def dismiss(folder: str) -> None:
     """Nobody waits at the point any more: a process that has reached it goes on, one that will does not wait there."""
     if reached(folder) is not None:
-        let_go(folder, "continued")
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # no room; without a folder it goes on just as well
+            let_go(folder, "continued")
+            return
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def users(folder: str) -> list[int]:

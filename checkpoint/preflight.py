@@ -110,6 +110,11 @@ def _of_the_process(process: Process, proc: str) -> Iterator[Finding]:
     if tracer != "0":
         why = "CRIU needs to trace it, and only one can"
         yield _fatal("traced", process.pid, f"process {tracer} traces it", why, "detach the debugger (strace, gdb)")
+    if process.state == "T":
+        why = "it would run in a restore, and after this command whatever came of it"
+        yield _fatal(
+            "stopped", process.pid, "it is stopped", why, f"let it go on (kill -CONT {process.pid}), or end it"
+        )
     if process.state == "D":
         yield _note(
             "waits",

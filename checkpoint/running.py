@@ -152,7 +152,7 @@ def _started(
 ) -> int | None:
     """Start the command; gives an exit status when it has ended already, or could not be started."""
     around.say(f"cold start: {refusal} (would be exit {refusal.exit_code})")
-    point = points.make() if options.create and os.geteuid() == 0 else None
+    point = _point(around) if options.create and os.geteuid() == 0 else None
     fds = relay.given.plain if options.create else relay.given.own
     try:
         with parent.hold():
@@ -182,6 +182,15 @@ def _started(
         if point is not None:
             points.dismiss(point)
     return None
+
+
+def _point(around: Surroundings) -> str | None:
+    """A folder to speak with the process; None where there can be none: then there is no snapshot, but a start."""
+    try:
+        return points.make()
+    except CheckpointError as e:
+        around.say(f"no snapshot: {e}" + (f"; {e.mend}" if e.mend else ""))
+        return None
 
 
 def _snapshot(name: str, options: RunOptions, around: Surroundings, parent: Foreground, point: str) -> None:

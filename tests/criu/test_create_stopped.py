@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Final
 
 import pytest
 
-from checkpoint.processes import start_ticks, tree_of
+from checkpoint.processes import is_stopped, start_ticks, tree_of
 from tests.helpers.mounting import wait_until
 from tests.helpers.stopped import Stopped, counter, goes_on, require_as_before, require_gone
 from tests.helpers.targets import Target, needs_criu
@@ -172,6 +173,19 @@ def test_a_create_that_leaves_running_told_to_end_when_it_is_too_late(
         assert not commands.left()
         require_as_before(one)
         commands.require_consistent("warm")
+
+
+def test_a_process_that_is_stopped_stays_so(tmp_path: Path, weights: str, commands: Stopped) -> None:
+    """CRIU leaves every process stopped: afterwards nobody could tell which were before."""
+    with counter(tmp_path, weights) as one:
+        child = tree_of(one.pid)[1].pid
+        os.kill(child, signal.SIGSTOP)
+        wait_until(lambda: is_stopped(child), "it is stopped")
+        error = commands.refused("create", "warm", "--pid", str(one.pid), "--leave-running", code=1)
+        assert f"process {child} can't be snapshotted: it is stopped" in error["message"]
+        assert error["mend"] == f"let it go on (kill -CONT {child}), or end it"
+        assert is_stopped(child)
+        assert not commands.left()
 
 
 LAUNCHED: Final = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import json
 import os
 import signal
 import threading
@@ -101,6 +102,15 @@ def test_a_restore_that_is_stopped(point: str, how: str, dumped: tuple[Stopped, 
     wait_until(lambda: start_ticks(one.pid) is None, "what was restored is gone")
     commands.require_consistent("warm")
     commands.told("restore", "warm")
+    assert one.ask().split()[0] == "2"
+
+
+def test_a_restore_told_to_end_when_it_is_too_late(dumped: tuple[Stopped, Target]) -> None:
+    """Whoever has asked for it learns the pid of what runs now."""
+    commands, one = dumped
+    done = commands.stop("weightfs.cli.snapshotting:_say_restored@before", "term", "restore", "warm")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["pid"] == one.pid
     assert one.ask().split()[0] == "2"
 
 

@@ -213,6 +213,21 @@ def test_status_of_a_cold_start(service: Service, command: list[str], status: in
     assert done.returncode == status, done.stderr
 
 
+@pytest.mark.parametrize("options", [[], ["--create"]])
+def test_without_a_place_for_journals_it_starts_cold(
+    service: Service, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose /run is read-only."""
+    monkeypatch.setenv(runtime.VARIABLE, os.path.join(os.devnull, "nowhere"))
+    arguments = service.arguments(*options)
+    arguments[arguments.index("--") + 1 :] = ["sh", "-c", "echo begun; exit 9"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (9, "begun\n"), done.stderr
+    assert "cold start" in done.stderr
+    assert ("no snapshot: " in done.stderr) is bool(options)
+    assert "Traceback" not in done.stderr
+
+
 def test_output_through_a_pipe_and_a_terminal(snapshotted: Service) -> None:
     """The snapshot was made with a file; a terminal can't stand for one, so what it writes is passed on."""
     controller, terminal = os.openpty()

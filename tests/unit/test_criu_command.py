@@ -72,7 +72,6 @@ def test_a_restore() -> None:
         sibling=True,
         lazy_pages=True,
         leave_stopped=True,
-        join=("net:/run/netns/x",),
         external=(OWN_MOUNTS,),
         root="/",
     )
@@ -84,7 +83,6 @@ def test_a_restore() -> None:
         "--inherit-fd fd[5]:pipe:[77] --inherit-fd fd[6]:var/log/server",
         "--lazy-pages",
         "--leave-stopped",
-        "--join-ns net:/run/netns/x",
         f"--external {OWN_MOUNTS}",
         "--root /",
         "--libdir /empty",

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from checkpoint.foreground import Foreground, Interrupted
+from checkpoint.processes import start_ticks
 
 PROGRAM = """
 import signal, sys
@@ -58,3 +59,23 @@ def test_after_it_everything_is_as_it_was() -> None:
     with Foreground():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+ENDING = """
+import subprocess
+from checkpoint.foreground import Foreground
+with Foreground() as parent:
+    child = subprocess.Popen(["sh", "-c", "sleep 1000 & echo $!; wait"], stdout=subprocess.PIPE)
+    print(child.pid, child.stdout.readline().decode(), flush=True)
+    parent.end_children()
+    child.returncode = 0
+"""
+
+
+def test_the_children_of_its_children_end_with_them() -> None:
+    """As when a whole tree was restored before the signal came."""
+    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    assert [start_ticks(pid) for pid in pids] == [None, None]

@@ -76,6 +76,10 @@ def test_one_that_waits_for_a_disk() -> None:
     assert codes(process(state="D")) == [("waits", False)]
 
 
+def test_one_that_is_stopped() -> None:
+    assert codes(process(state="T")) == [("stopped", True)]
+
+
 def test_the_fatal_come_first_and_are_documents() -> None:
     writes = Descriptor(fd=1, target="/var/log/x", kind="file", flags=os.O_WRONLY)
     ring = Descriptor(fd=2, target="anon_inode:[io_uring]", kind="anon")

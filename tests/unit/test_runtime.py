@@ -118,6 +118,12 @@ def test_where_others_may_write_nothing_is_believed(base: Path, which: str) -> N
             begin("another")
 
 
+def test_a_folder_that_can_not_be_read(base: Path) -> None:
+    base.write_text("")
+    with pytest.raises(CheckpointError, match=f"{base}/checkpoint: can't be read: Not a directory"):
+        list(left_over())
+
+
 def test_a_folder_that_can_not_be_made(base: Path) -> None:
     base.write_text("")
     with pytest.raises(CheckpointError, match="can't be written"):

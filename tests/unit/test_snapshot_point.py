@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import threading
@@ -101,3 +102,18 @@ def test_the_folder_of_a_process_that_was_let_go_goes_after_it(folder: str, monk
 def test_points_that_were_never_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(runtime.VARIABLE, str(tmp_path / "absent"))
     points.sweep()
+
+
+def test_without_room_for_a_word_the_process_goes_on_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(runtime.VARIABLE, str(tmp_path / "run"))
+    folder = points.make()
+    Path(folder, "ready").write_text('{"name": "warm", "pid": 1}')
+
+    def full(folder: str, state: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(points, "let_go", full)
+    points.dismiss(folder)
+    assert not os.path.exists(folder), "which a process that waits there takes for an end of it"

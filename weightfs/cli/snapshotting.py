@@ -37,6 +37,7 @@ ReadyFile = Annotated[str | None, typer.Option(help="Ready when this file exists
 ReadyTimeout = Annotated[float, typer.Option(help="Seconds to wait until it is ready.")]
 WaitUrl = Annotated[str | None, typer.Option(help="Return once this address answers a GET.")]
 Log = Annotated[str | None, typer.Option(help="File for what the process writes.")]
+_ENDING: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 _NEEDED: Final = (
     ("SYS_ADMIN", linux.CAP_SYS_ADMIN),
     ("NET_ADMIN", linux.CAP_NET_ADMIN),
@@ -103,6 +104,7 @@ def create(
                     with phases.phase("warm up"):
                         readiness.wait(ready, ready_timeout, readiness.while_there(pid))
                 made = creation.create(name, pid, opened, found, options, phases=phases)
+            _no_more_signals()
         _say_created(made, phases.whole(), as_json=as_json)
 
 
@@ -156,6 +158,7 @@ def restore(
                 master=master,
             )
             back = restoration.restore(name, Store(store), found, options, phases)
+            _no_more_signals()
         for warning in back.warnings:
             sys.stderr.write(f"weightfs: {printable(warning)}\n")
         _say_restored(back, phases.whole(), as_json=as_json)
@@ -167,6 +170,7 @@ def recover(as_json: Json = False) -> None:
     Example: weightfs snapshot recover
     """
     with reporting(as_json=as_json):
+        _require_rights()
         from checkpoint import recovery
         from checkpoint.tools import found
 
@@ -195,11 +199,7 @@ def tools(phases: Phases | None = None) -> Iterator[Tools]:
         from checkpoint import recovery
         from checkpoint.tools import found
 
-    if os.geteuid() != 0:
-        raise UnfitError("snapshots need root: CRIU reads and writes other processes", mend="run it as root")
-    if missing := [name for name, number in _NEEDED if not linux.has_capability(number)]:
-        options = " ".join(f"--cap-add {name}" for name, _ in _NEEDED)
-        raise UnfitError(f"this container lacks the capability {missing[0]}", mend=f"start it with {options}")
+    _require_rights()
     held = contextlib.ExitStack()
     try:
         with phases.phase("tools"):
@@ -213,21 +213,34 @@ def tools(phases: Phases | None = None) -> Iterator[Tools]:
             held.close()
 
 
+def _require_rights() -> None:
+    if os.geteuid() != 0:
+        raise UnfitError("snapshots need root: CRIU reads and writes other processes", mend="run it as root")
+    if missing := [name for name, number in _NEEDED if not linux.has_capability(number)]:
+        options = " ".join(f"--cap-add {name}" for name, _ in _NEEDED)
+        raise UnfitError(f"this container lacks the capability {missing[0]}", mend=f"start it with {options}")
+
+
 @contextlib.contextmanager
 def undone_by_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP end the command as SIGINT does: what it has begun is undone."""
 
     def end(number: int, _: object) -> NoReturn:
-        for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # the undoing is not to be cut off
-            signal.signal(each, signal.SIG_IGN)
+        _no_more_signals()  # the undoing is not to be cut off
         sys.exit(128 + number)
 
-    before = {each: signal.signal(each, end) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    before = {each: signal.signal(each, end) for each in _ENDING}
     try:
         yield
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+def _no_more_signals() -> None:
+    """Within `undone_by_signals`: from now on none ends the command, such as when what was asked for is done."""
+    for each in _ENDING:
+        signal.signal(each, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
