@@ -1,10 +1,13 @@
 """When the next read of prefetch may begin, so that others who read from the same disk hardly notice.
 
-Under passthrough nobody tells the daemon of a demand read. The disk's own counters do: every 50 ms nothing of ours is
-under way for a moment, and what the disk has read beyond what the files being filled have gained is others'. (What
-those have gained was read by us, or by their loader, whom prefetch runs ahead of and need not yield to.) Beside anybody
-else one read is under way at a time, with a gap behind it in which the disk is theirs alone: long beside small reads,
-whose slowest hundredth suffers, shorter beside large ones, whose bandwidth does.
+Under passthrough nobody tells the daemon of a demand read. The disk's own counters do. Each 10 ms what it has read is
+compared with what has come to us: as long as the difference may be what we have under way, nobody else reads, and
+nothing waits. When it is more, nothing of ours is begun for a moment, and what the disk has read beyond what the files
+being filled have gained is others'. (What those have gained was read by us, or by their loader, whom prefetch runs
+ahead of and need not yield to; while that is all, looks are 0.05 to 0.4 s apart. Each lasts until what is under way
+has come, 10 to 30 ms beside a loader: at 20 a second they took a third of the disk's time from a prefetch.) Beside
+anybody else one read is under way at a time, with a gap behind it in which the disk is theirs alone: long beside small
+reads, whose slowest hundredth suffers, shorter beside large ones, whose bandwidth does.
 
 The I/O priority is the idle one then as well, but no help once a read was handed to the device. (It is no good beside
 a model's own loader: behind its reads prefetch would be as slow as they are.) Measured beside somebody
@@ -33,6 +36,7 @@ from typing import Final
 
 log = logging.getLogger(__name__)
 
+_GLANCE_S: Final = 0.01
 _LOOK_S: Final = 0.05
 _LOOK_MOST_S: Final = 0.4
 """Twice as long after each look that found nobody but the loader of what is being filled."""
@@ -45,7 +49,10 @@ _AHEAD_S: Final = 0.03
 _FEW_UNDER_WAY: Final = 1
 """What was read ahead of us is waited for as well, but not longer than that: it may be others'."""
 _POLL_S: Final = 0.001
-_QUIET_S: Final = 0.05
+_QUIET_S: Final = 0.05, 0.8
+"""Others have ended when nothing was seen of them for so long; twice as long each time they were there again soon."""
+_SOON_S: Final = 1.0
+_SUSPECT_DEPTH: Final = 2
 _STUCK_S: Final = 1.0
 """Who has waited so long for reads to end waits for them no longer."""
 _SOME_BYTES: Final = 64 << 10
@@ -147,7 +154,9 @@ class Pace:
         self._most = 0  # what the disks had read that is not in the files being filled; pages on their way count there
         self._gap: Counters | None = None  # what they had read when the last gap began
         self._next_s = 0.0
-        self._seen_s = -_QUIET_S
+        self._seen_s = -_QUIET_S[1]
+        self._quiet_s = _QUIET_S[0]
+        self._resumed_s = -_SOON_S
         self._draining_s: float | None = None
         self._stuck = 0
         self._read_s = _READ_S
@@ -178,12 +187,13 @@ class Pace:
         """
         now = self._clock()
         if now < self._next_s:
-            return self._next_s - now if self.yields else 0.0
+            waits = self.yields or (self._suspects and under_way >= _SUSPECT_DEPTH)
+            return self._next_s - now if waits else 0.0
         if self.yields and now - self._looked_s < _LOOK_S and not under_way:
             return 0.0
         counted = self._counters()
         if self._draining_s is None and self._is_explained(now, counted, unseen_bytes):
-            self._next_s = now + _LOOK_S
+            self._next_s = now + _GLANCE_S
             return 0.0
         self._stuck = min(self._stuck, under_way)
         if under_way > self._stuck:
@@ -200,13 +210,12 @@ class Pace:
         drained_s = now - self._draining_s if self._draining_s is not None else 0.0
         self._draining_s = None
         self._look(now, counted)
-        self._next_s = (
-            now if self.yields else now + max(_AGAIN_S if self._suspects else self._look_s, _DRAINS * drained_s)
-        )
+        again_s = _AGAIN_S if self._suspects else max(_GLANCE_S, _DRAINS * drained_s)
+        self._next_s = now if self.yields else now + again_s
         return 0.0
 
     def _is_explained(self, now: float, counted: Counters | None, unseen_bytes: int) -> bool:
-        """Whether what the disks have read may all be ours: then nobody need be looked for."""
+        """Whether what the disks have read may all be ours, or was looked into just now: then nobody is looked for."""
         mark = self._mark
         if mark is None or counted is None or self.yields or self._suspects:
             return False
@@ -214,10 +223,10 @@ class Pace:
         self._known = min(self._known + int(_SOME_BYTES_S * (now - self._known_s)), beyond)
         self._known_s = now
         if beyond > self._known + _SOME_BYTES + unseen_bytes:
-            return False
-        self._look_s = _LOOK_S
-        self._learn(now, mark)
-        self._mark = now, self._ours
+            return now < self._looked_s + self._look_s
+        if now >= mark[0] + _LOOK_S:
+            self._learn(now, mark)
+            self._mark, self._look_s = (now, self._ours), _LOOK_S
         return True
 
     def _learn(self, now: float, mark: tuple[float, int]) -> None:
@@ -249,7 +258,7 @@ class Pace:
             self._suspects = True
             return
         self._suspects = False
-        self._look_s = _LOOK_S if others_read else min(2 * self._look_s, _LOOK_MOST_S)
+        self._look_s = _LOOK_S if others_read or self.yields else min(2 * self._look_s, _LOOK_MOST_S)
         if others_read:
             gap = self._gap if self.yields else None
             if gap is None:
@@ -257,8 +266,13 @@ class Pace:
             elif (reads := counted.reads - gap.reads) > 0:
                 is_large = (counted.nbytes - gap.nbytes) / reads >= _LARGE_BYTES
                 self._gaps = _GAP_BESIDE_LARGE if is_large else _GAP_BESIDE_SMALL
-            self._seen_s, self.yields, self._gap = now, True, None
-        elif now - self._seen_s > _QUIET_S:
             if not self.yields:
+                is_again = now - self._resumed_s < _SOON_S
+                self._quiet_s = min(2 * self._quiet_s, _QUIET_S[1]) if is_again else _QUIET_S[0]
+            self._seen_s, self.yields, self._gap = now, True, None
+        elif now - self._seen_s > self._quiet_s:
+            if self.yields:
+                self._resumed_s = now
+            else:
                 self._learn(now, mark)
             self.yields = False

@@ -84,6 +84,31 @@ def test_it_takes_all_again_once_they_have_ended(machine: Machine) -> None:
     assert machine.rate(0.5) > 0.95 * READ / 0.001
 
 
+def test_who_pauses_again_and_again_is_yielded_to_for_longer(machine: Machine) -> None:
+    lasts = []
+    for _ in range(5):
+        machine.rate(0.3, each=4096)
+        assert machine.yields()
+        paused_s = machine.now_s
+        while machine.yields():
+            machine.ours()
+        lasts.append(machine.now_s - paused_s)
+    assert lasts[0] < 0.15
+    assert lasts[-1] > 0.5
+
+
+def test_while_others_are_suspected_few_reads_are_under_way(machine: Machine) -> None:
+    machine.rate(0.2)
+    machine.now_s += 0.06
+    machine.read(8 * MIB, 4096)
+    assert machine.pace.wait_s(0) == 0
+    assert machine.pace.wait_s(1) == 0
+    assert 0 < machine.pace.wait_s(2) <= 0.02
+    machine.now_s += 0.02
+    assert machine.pace.wait_s(0) == 0
+    assert machine.pace.wait_s(2) == 0
+
+
 def test_it_passes_over_who_hardly_reads(machine: Machine) -> None:
     for _ in range(200):
         machine.rate(0.01)
