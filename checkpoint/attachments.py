@@ -152,6 +152,8 @@ def is_unseen(process: Process, one: Descriptor) -> bool:
     """Whether a file lies on a mount that is not in the process's mount namespace, or not any more."""
     if one.kind in ("pipe", "socket", "anon", "memfd") or not process.mounts or not one.mount_id:
         return False
+    if one.is_deleted and one.target == "/secretmem":  # memfd_secret(2): nobody sees the kernel's mount of it
+        return False
     return one.mount_id not in process.mounts
 
 

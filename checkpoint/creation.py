@@ -37,6 +37,7 @@ from checkpoint.manifest import Manifest
 from checkpoint.phases import Phases
 from checkpoint.preflight import examine
 from checkpoint.processes import Process, start_ticks
+from checkpoint.sockets import sockets_of
 from checkpoint.states import State
 from checkpoint.store import Draft, Snapshot, Store
 from checkpoint.tools import Tools
@@ -170,9 +171,11 @@ def _create(
         mapped = set(programs.mapped(tree)) - set(weights.paths)
         code = programs.identify(sorted(mapped), cache=tools.cache, root=f"/proc/{entry.root}/root")
     with phases.phase("examine"):
+        sockets = sockets_of(tree)
         found = examine(
             tree,
             criu=tools.criu,
+            sockets=sockets,
             weights_roots=[one.mountpoint for one in seen],
             store=os.path.dirname(draft.folder),
             gpu_bytes=sum(gpu_bytes.values()),
@@ -229,6 +232,9 @@ def _create(
                 stdio=[_leads_to(tree[0], fd) for fd in (0, 1, 2)],
                 replaced=replaced,
                 outside=outside,
+                listeners=sorted(
+                    one.local for one in sockets.values() if one.family == "tcp" and one.state == "listening"
+                ),
                 cwd=tree[0].cwd,
                 mount=mount,
                 fingerprint=fingerprint_here(
@@ -285,7 +291,8 @@ def undo(entry: Entry, tools: Tools) -> None:
     """
     if entry.started:
         users = [(pid, start_ticks(pid) or 0) for pid in points.users(entry.point)]
-        control.end_all([*entry.tree, *users])
+        # Once more: a pid may have become another's before it was asked when that began.
+        control.end_all([*entry.tree, *(one for one in users if points.is_user(one[0], entry.point))])
         shutil.rmtree(entry.point, ignore_errors=True)
     else:
         _go_on(entry, tools)

@@ -1,4 +1,4 @@
-"""Whether a snapshot can be restored where it is to go: a root filesystem, a pid namespace, free pids, GPUs."""
+"""Whether a snapshot can be restored where it is to go: a root filesystem, a pid namespace, free pids, memory, GPUs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from checkpoint.fingerprint import Difference, require_fit
 from checkpoint.manifest import Manifest
 from checkpoint.nvml import Device
 from checkpoint.placement import Left, place
+from checkpoint.preflight_memory import SPARE_BYTES, available_bytes
 from checkpoint.processes import is_there, start_ticks
 
 _WAITED_FOR_S: Final = 10.0
@@ -79,6 +80,20 @@ def require_free(manifest: Manifest) -> None:
                     mend=f"end its parent, which ps -o ppid= {pid} tells",
                 )
             time.sleep(_LOOK_S)
+
+
+def require_memory(manifest: Manifest) -> None:
+    """See that there is memory for what the processes had in theirs: else others' processes would be ended for it.
+
+    Raises:
+        RetryError: there is too little now.
+    """
+    available = available_bytes()
+    if manifest.bytes_logical + SPARE_BYTES > available:
+        raise RetryError(
+            f"the processes had {manifest.bytes_logical >> 20} MiB in memory, and {available >> 20} MiB are free here",
+            mend="end something else, or restore it later",
+        )
 
 
 def require_programs(manifest: Manifest, cache: DigestCache, *, root: str | None) -> None:

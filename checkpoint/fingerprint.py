@@ -17,6 +17,7 @@ from checkpoint.errors import MisfitError
 
 _CPUINFO: Final = "proc/cpuinfo"
 _CONTAINERENV: Final = "run/.containerenv"
+_MENDS: Final = {"command": "make a snapshot of this command", "mountpoint": "mount the weights there"}
 
 # Flags of x86 that a program's instructions depend on, or what the kernel saves of its registers. The others tell how
 # the kernel uses the processor: virtualisation, power, flaws (arch/x86/include/asm/cpufeatures.h of Linux 6.18).
@@ -199,10 +200,12 @@ def require_fit(name: str, differences: Sequence[Difference]) -> None:
     """
     if (reason := misfit(differences)) is None:
         return
+    first = next(one.what for one in differences if one.matters)
+    mend = _MENDS.get(first, "make a snapshot on a machine like this one")
     documents: list[dict[str, Any]] = [msgspec.to_builtins(one) for one in differences]
     raise MisfitError(
         f"snapshot {name} does not fit this machine: {reason}",
-        mend=f"weightfs snapshot show {name} tells all; make a snapshot on a machine like this one",
+        mend=f"weightfs snapshot show {name} tells all; {mend}",
         differences=documents,
     )
 

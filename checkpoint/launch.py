@@ -53,12 +53,13 @@ def create_of_command(
     point = points.make()
     entry = Entry(kind="create", step="starting", name=name, store=store.path, started=True, point=point)
     child: subprocess.Popen[bytes] | None = None
-    with Journal(entry) as journal, stdio.log(log or os.path.join(stdio.LOGS, f"{name}.log")) as output:
+    log = log or os.path.join(stdio.LOGS, f"{name}.log")
+    with Journal(entry) as journal, stdio.log(log) as output:
         try:
             with phases.phase("warm up"):
                 child = start(command, output, point)
                 journal.at("starting", root=child.pid, tree=[(child.pid, start_ticks(child.pid) or 0)])
-                readiness.wait(replace(ready, point=point), ready_timeout_s, lambda: child.poll() is None)
+                readiness.wait(replace(ready, point=point), ready_timeout_s, lambda: child.poll() is None, log=log)
             reached = points.reached(point) is not None
             wanted = replace(options, point=point if reached else None, command=command)
             return create(name, child.pid, store, tools, wanted, journal, phases)

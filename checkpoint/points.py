@@ -57,6 +57,11 @@ def users(folder: str) -> list[int]:
     return [pid for pid, spoken in _speakers() if spoken == folder]
 
 
+def is_user(pid: int, folder: str) -> bool:
+    """Whether a process is one of these."""
+    return _spoken(pid) == folder
+
+
 def sweep() -> None:
     """Remove the folders of processes that were let go and have ended since.
 
@@ -85,13 +90,19 @@ def _is_read(folder: str) -> bool:
 
 
 def _speakers() -> Iterator[tuple[int, str]]:
-    before = os.fsencode(f"{VARIABLE}=")
     for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
-                for entry in file.read().split(b"\0"):
-                    if entry.startswith(before):
-                        yield int(name), os.fsdecode(entry.removeprefix(before))
+        if name.isdigit() and (spoken := _spoken(int(name))) is not None:
+            yield int(name), spoken
+
+
+def _spoken(pid: int) -> str | None:
+    """What the variable says in a process's environment, None where it is not there."""
+    before = os.fsencode(f"{VARIABLE}=")
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+        for entry in file.read().split(b"\0"):
+            if entry.startswith(before):
+                return os.fsdecode(entry.removeprefix(before))
+    return None
 
 
 def let_go(folder: str, state: str) -> None:

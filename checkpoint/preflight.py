@@ -146,7 +146,8 @@ def _of_a_descriptor(process: Process, one: Descriptor, processes: Sequence[Proc
         why = "it can be restored only while the file has the size it has at the dump"
         mend = "open it for appending (>> in a shell), or write it elsewhere after the snapshot"
         if one.fd in (1, 2):
-            why += ", or onto another log"
+            why = "a restore appends to it, and while this process goes on, each writes over the other's lines"
+            mend = "open it for appending (>> in a shell), or restore with --log"
         yield _note("file-written", process.pid, f"{where} writes {one.target}", why, mend)
 
 

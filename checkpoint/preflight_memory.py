@@ -9,7 +9,7 @@ from typing import Final
 from checkpoint.findings import Finding
 from checkpoint.processes import PROC, Process
 
-_SPARE_BYTES: Final = 64 << 20
+SPARE_BYTES: Final = 64 << 20
 """What CRIU itself, its page maps and the small images take; more than was ever seen."""
 
 
@@ -61,7 +61,7 @@ def memory_findings(
     if store is not None:
         status = os.statvfs(store)
         free = status.f_bavail * status.f_frsize
-        if _SPARE_BYTES + (0 if in_memory else images) > free:
+        if SPARE_BYTES + (0 if in_memory else images) > free:
             yield Finding(
                 code="store-space",
                 pid=root,
@@ -71,7 +71,7 @@ def memory_findings(
                 fatal=True,
             )
     available = available_bytes(proc=proc)
-    if gpu_bytes + _SPARE_BYTES > available:
+    if gpu_bytes + SPARE_BYTES > available:
         yield Finding(
             code="memory",
             pid=root,
@@ -80,7 +80,7 @@ def memory_findings(
             mend="release weights before the snapshot, or end something else",
             fatal=True,
         )
-    elif in_memory and images + gpu_bytes + _SPARE_BYTES > available:
+    elif in_memory and images + gpu_bytes + SPARE_BYTES > available:
         yield Finding(
             code="memory",
             pid=root,
@@ -89,23 +89,3 @@ def memory_findings(
             mend="end something else, or have CRIU write to the disk (--plain, which is not encrypted)",
             fatal=True,
         )
-
-
-def restore_finding(nbytes: int, *, proc: str = PROC) -> Finding | None:
-    """Whether the memory of a snapshot fits; None if it does.
-
-    Args:
-        nbytes: what the restored tree takes at once, GPU memory included while the driver holds it.
-        proc: where /proc is.
-    """
-    available = available_bytes(proc=proc)
-    if nbytes + _SPARE_BYTES <= available:
-        return None
-    return Finding(
-        code="memory",
-        pid=0,
-        what=f"the snapshot takes {nbytes >> 20} MiB, and {available >> 20} MiB of memory are free",
-        why="the restore would run out of memory",
-        mend="end something else",
-        fatal=True,
-    )

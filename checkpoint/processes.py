@@ -278,6 +278,14 @@ def is_there(pid: int, since: int, *, proc: str = PROC) -> bool:
     return int(fields[19]) == since and fields[0] not in "ZX"
 
 
+def is_stopped(pid: int, *, proc: str = PROC) -> bool:
+    """Whether there is such a process, and it is stopped (SIGSTOP), as CRIU leaves one."""
+    try:
+        return _stat(f"{proc}/{pid}")[1][0] == "T"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def _stat(folder: str) -> tuple[str, list[str]]:
     """The name, and the fields from `state` on: the name may hold spaces and parentheses."""
     with open(f"{folder}/stat", encoding="utf-8", errors="surrogateescape") as file:

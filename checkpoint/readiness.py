@@ -44,13 +44,14 @@ class Readiness:
         return self.url is not None and _answers(self.url)
 
 
-def wait(readiness: Readiness, timeout_s: float, is_there: Callable[[], bool]) -> None:
+def wait(readiness: Readiness, timeout_s: float, is_there: Callable[[], bool], *, log: str = "") -> None:
     """Wait until a process is ready.
 
     Args:
         readiness: how it shows.
         timeout_s: after which it is given up.
         is_there: whether the process still is.
+        log: where it writes, when that is known, for what is raised.
 
     Raises:
         RetryError: it was not in time.
@@ -59,10 +60,11 @@ def wait(readiness: Readiness, timeout_s: float, is_there: Callable[[], bool]) -
     until = time.monotonic() + timeout_s
     while not readiness.is_shown():
         if not is_there():
-            raise CheckpointError("the process ended before it was ready", mend="see its log")
+            raise CheckpointError("the process ended before it was ready", mend=f"{log or 'its log'} tells why")
         if time.monotonic() > until:
             what = readiness.url or readiness.file or "its snapshot_point"
-            raise RetryError(f"the process was not ready within {timeout_s:g} s ({what})", mend="give it more time")
+            mend = "give it more time" + (f", or see in {log} what it does" if log else "")
+            raise RetryError(f"the process was not ready within {timeout_s:g} s ({what})", mend=mend)
         time.sleep(_LOOK_S)
 
 

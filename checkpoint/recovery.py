@@ -7,6 +7,7 @@ from typing import Final
 import msgspec
 
 from checkpoint import journal, points
+from checkpoint.errors import CheckpointError
 from checkpoint.journal import Entry
 from checkpoint.store import Store
 from checkpoint.tools import Tools
@@ -34,25 +35,33 @@ def recover(tools: Tools) -> list[Recovered]:
     """Deal with every journal that was left over, what is left over in the stores they name, and points left behind.
 
     Raises:
-        CheckpointError: something could not be put right; its journal stays.
+        CheckpointError: something could not be put right; its journal stays. All the rest was.
     """
     done = []
     stores = set()
+    failure: CheckpointError | None = None
     for path, entry in journal.left_over():
         stores.add(entry.store)
-        if entry.kind == "create":
-            outcome = _create(entry, tools)
-        else:
-            from checkpoint import restoration  # each command asks, and there is hardly ever anything to do
-
-            restoration.undo(entry)
-            outcome = "undone"
+        try:
+            outcome = _create(entry, tools) if entry.kind == "create" else _restore(entry)
+        except CheckpointError as e:
+            failure = failure or e
+            continue
         journal.finish(path)
         done.append(Recovered(kind=entry.kind, name=entry.name, step=entry.step, outcome=outcome))
     for store in sorted(stores):
         Store(store).recover()
     points.sweep()
+    if failure is not None:
+        raise failure
     return done
+
+
+def _restore(entry: Entry) -> str:
+    from checkpoint import restoration  # each command asks, and there is hardly ever anything to do
+
+    restoration.undo(entry, later=True)
+    return "undone"
 
 
 def _create(entry: Entry, tools: Tools) -> str:

@@ -138,7 +138,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
     Raises:
         MisfitError: it does not fit this machine. Nothing was touched.
         CorruptError: images or weights are not what they were.
-        RetryError: a pid is taken, a GPU has too little memory free, or it took too long.
+        RetryError: a pid is taken, this machine or a GPU has too little memory free, or it took too long.
         CheckpointError: see `checkpoint.errors`. Whatever is raised, nothing that was restored is left.
     """
     phases = phases or Phases()
@@ -159,6 +159,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
             destination.require_placed(manifest, root=options.root, own_namespaces=options.own_namespaces)
             if not options.own_namespaces and not destination.is_container(manifest):
                 destination.require_free(manifest)
+            destination.require_memory(manifest)
             destination.require_programs(manifest, tools.cache, root=options.root)
             pairs, moved = destination.require_gpus(manifest, tools.cuda)
             found += moved
@@ -213,8 +214,13 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
     )
 
 
-def undo(entry: Entry) -> None:
+def undo(entry: Entry, *, later: bool = False) -> None:
     """End what a restore has brought back so far, from wherever it stopped.
+
+    Args:
+        entry: of its journal.
+        later: its command has died, who knows when: where only CRIU has told of the root, the pid may be somebody
+            else's since. A tree that nobody let go is stopped.
 
     Raises:
         CheckpointError: CRIU, which goes on when its command has died, does not end; or a process does not.
@@ -224,7 +230,9 @@ def undo(entry: Entry) -> None:
     elif entry.step == "restoring" and not entry.own_pids:
         criu.wait_for(entry.images, _CRIU_S)
         pid = criu.restored_pid(entry.work)
-        if pid is not None and (since := start_ticks(pid)) is not None and since >= entry.since_ticks:
+        if pid is None or (since := start_ticks(pid)) is None or since < entry.since_ticks:
+            return
+        if not later or processes.is_stopped(pid):
             control.end_all([(pid, since)])
 
 
@@ -366,8 +374,9 @@ def _counted(manifest: Manifest, tools: Tools) -> list[str]:
     except OSError:
         return []
     if before and not manifest.hooks:
+        times = "once" if before == 1 else f"{before} times"
         return [
-            f"snapshot {manifest.name} has been restored {before} times before: its clones share random state, TLS "
+            f"snapshot {manifest.name} has been restored {times} before: its clones share random state, TLS "
             "sessions and tokens unless hooks (checkpoint.on_restore) renew them"
         ]
     return []

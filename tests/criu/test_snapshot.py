@@ -44,6 +44,7 @@ def test_a_server_is_started_snapshotted_and_restored(it: Bench, plain: bool) ->
     made = it.told("create", "warm", *options, "--ready-url", it.url + "answer", command=it.command())
     assert not it.answers()
     assert start_ticks(made["pid"]) is None, "its pid is free again"
+    assert it.told("show", "warm")["manifest"]["listeners"] == [f"127.0.0.1:{it.port}"]
     assert made["name"] == "warm"
     assert {"look", "weights", "criu dump", "store", "finish"} <= made["phases"].keys()
     assert made["bytes"]["logical"] > 4 << 20
@@ -175,7 +176,8 @@ def test_targets_that_are_none(it: Bench) -> None:
     it.refused("create", "warm", "--pid", "4194304", code=1)
     it.refused("create", "warm", code=2)
     it.refused("create", "warm", "--pid", "1", code=2, command=["/bin/true"])
-    it.refused("create", "warm", "--ready-file", "/nowhere", code=1, command=["/bin/false"])
+    error = it.refused("create", "warm", "--ready-file", "/nowhere", code=1, command=["/bin/false"])
+    assert it.log in error["mend"]
     it.refused("create", "warm", "--ready-file", "/nowhere", code=1, command=["/bin/none of this name"])
     error = it.refused(
         "create", "warm", "--ready-file", "/nowhere", "--ready-timeout", "0.2", code=75, command=["/bin/sleep", "60"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -60,6 +62,12 @@ def test_help_lists_every_command_with_what_it_does() -> None:
     said = CliRunner().invoke(app, ["snapshot", "--help"]).output
     assert all(f" {one} " in said for one in SNAPSHOT_COMMANDS)
     assert "Bring a process back from its snapshot" in said
+
+
+def test_version_is_told() -> None:
+    said = CliRunner().invoke(app, ["--version"])
+    assert said.exit_code == 0
+    assert said.output == f"weightfs {importlib.metadata.version('weightfs')}\n"
 
 
 @pytest.mark.parametrize("command", [["restor"], ["snapshot", "restor"]], ids=" ".join)

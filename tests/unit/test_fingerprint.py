@@ -66,6 +66,21 @@ def test_each_difference_is_told_with_its_weight(change: dict[str, Any], what: s
         require_fit("warm", found)
 
 
+@pytest.mark.parametrize(
+    ("change", "mend"),
+    [
+        ({"command": ["server", "--port", "8001"]}, "of this command"),
+        ({"mountpoint": None}, "mount the weights there"),
+        ({"kernel": "5.19"}, "on a machine like this one"),
+    ],
+)
+def test_what_is_told_to_be_done_is_what_helps(change: dict[str, Any], mend: str) -> None:
+    with pytest.raises(MisfitError) as raised:
+        require_fit("warm", differences(**change))
+    assert raised.value.mend is not None
+    assert mend in raised.value.mend
+
+
 def test_no_command_was_asked_for() -> None:
     assert differences(command=[]) == []
 

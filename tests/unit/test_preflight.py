@@ -9,7 +9,7 @@ import pytest
 
 from checkpoint import preflight_memory
 from checkpoint.preflight import examine
-from checkpoint.preflight_memory import available_bytes, private_bytes, restore_finding
+from checkpoint.preflight_memory import private_bytes
 from checkpoint.processes import Descriptor, Mapping, Process, namespaces_of
 from checkpoint.sockets import Socket
 
@@ -97,13 +97,6 @@ def test_shared_memory_counts_once() -> None:
     ballast = bytearray(b"x" * (32 << 20))
     assert private_bytes([me]) - before > 24 << 20
     del ballast
-
-
-@pytest.mark.parametrize(("nbytes", "fits"), [(0, True), (1 << 60, False)])
-def test_memory_for_a_restore(nbytes: int, fits: bool) -> None:
-    assert available_bytes() > 0
-    found = restore_finding(nbytes)
-    assert (found is None) is fits
 
 
 def test_a_dump_into_memory_needs_memory_and_hardly_any_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

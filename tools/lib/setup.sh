@@ -286,7 +286,10 @@ install_python_packages() {
     make_environment
     : >"$venv/.installing"
     # Only the base is compiled: of torch and transformers, first use compiles the little that it imports.
-    if ! stamp_matches base; then pip_install --editable "$root" || exit 1; fi
+    if ! stamp_matches base; then
+        say "it compiles pyfuse3: a minute, or five on a busy machine (tail -f $venv/.setup.log shows how far it is)"
+        pip_install --editable "$root" || exit 1
+    fi
     if [[ $set != base ]]; then
         install_torch
         pip_install --no-compile --editable "${root}[$(extras_of "$set")]" || exit 1

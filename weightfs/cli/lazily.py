@@ -31,6 +31,8 @@ class LazyGroup(TyperGroup):
 
     def __init__(self, *, commands: Any = None, **attributes: Any) -> None:
         super().__init__(**attributes)
+        for parameter in self.params:
+            _spared(parameter)
         self.commands = _Commands(self.COMMANDS, self.WITH_REST, commands or {})
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -101,7 +103,7 @@ def _spared(parameter: Any) -> Any:
             value = () if takes_many else None
         elif wanted is float and type(value) is str and value.isascii() and value.isdigit():
             value = float(value)
-        elif wanted not in (str, float) or type(value) is not wanted or described.is_ranged:
+        elif wanted not in (str, float, bool) or type(value) is not wanted or described.is_ranged:
             return convert(context, value)
         return value if parameter.callback is None else parameter.callback(context, parameter, value)
 

@@ -8,12 +8,13 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
-from typing import ClassVar, Final
+from typing import Annotated, ClassVar, Final
 
 import typer
 
 from weightfs.cli import snapshot
 from weightfs.cli.lazily import LazyGroup
+from weightfs.cli.output import say
 
 _GARBAGE: Final = 50_000
 """Objects that are made before it is looked for."""
@@ -46,6 +47,23 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(snapshot.snapshot)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        say(f"weightfs {version('weightfs')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    del version
 
 
 def main() -> None:

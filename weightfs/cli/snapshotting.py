@@ -162,7 +162,7 @@ def restore(
 
 
 def recover(as_json: Json = False) -> None:
-    """Complete or undo what a snapshot command that died has begun. Every other snapshot command does it first.
+    """Complete or undo what a snapshot command that died has begun. `create`, `restore` and `run` do it first.
 
     Example: weightfs snapshot recover
     """

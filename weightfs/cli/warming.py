@@ -53,15 +53,15 @@ def warm(
         else:
             for one in done:
                 what = one["failure"] or ("is being read" if one["active"] else f"{seconds:.1f} s")
-                size, read = human_bytes(one["bytes"]), human_bytes(one["filled_bytes"])
-                say(f"{printable(one['model'])}: {size}, {read} read: {printable(what)}")
+                size, read, found = (human_bytes(one[key]) for key in ("bytes", "filled_bytes", "found_bytes"))
+                say(f"{printable(one['model'])}: {size}, {read} read, {found} were there: {printable(what)}")
         if failed := next((one for one in done if one["failure"]), None):
             error = WeightfsError(f"is not wholly in memory: {failed['failure']}", path=failed["model"])
             fail(error, as_json=False)  # the one document on stdout is that of the models
 
 
 def evict(paths: Paths, as_json: Json = False) -> None:
-    """Drop models from memory; what a process has mapped stays.
+    """Drop models from memory; what a process has mapped, or the kernel has yet to write, stays.
 
     Example: weightfs evict /models/llama
     """
@@ -75,7 +75,8 @@ def evict(paths: Paths, as_json: Json = False) -> None:
             return
         for one in found:
             gone, left = human_bytes(one["evicted_bytes"]), human_bytes(one["resident_bytes"])
-            say(f"{printable(one['model'])}: {gone} dropped, {left} stay")
+            why = " (mapped, or not on the disk yet: sync)" if one["resident_bytes"] else ""
+            say(f"{printable(one['model'])}: {gone} dropped, {left} stay{why}")
 
 
 def residency(
@@ -118,6 +119,8 @@ def _place(path: str) -> tuple[str, str]:
 
 def _ask(socket: str, request: dict[str, Any], path: str) -> list[dict[str, Any]]:
     models: list[dict[str, Any]] = ask(socket, request, _ANSWER_S)["models"]
+    if not models and not os.path.lexists(path):
+        raise WeightfsError("there is no such file or folder", path=path, mend="name one on the mount")
     if not models:
         raise WeightfsError("holds no weights whose headers are good", path=path, mend="weightfs verify tells more")
     return models
