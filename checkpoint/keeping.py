@@ -111,6 +111,7 @@ class Chunked:
             weights=[said.weights[number] for number in taken.weights],
             files=taken.files,
             bytes_logical=sum(file.nbytes for file in taken.files),
+            bytes_by_kind=taken.bytes_by_kind,
             bytes_added=taken.bytes_added,
         )
         made = self._draft.commit(

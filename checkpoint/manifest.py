@@ -151,6 +151,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         point: the folder in which the process waits to be let go, None where it does not.
         hooks: whether the process itself said that it is warm, and so may have reseeded itself.
         bytes_logical: what a restore brings back: the sum of `files`; `Draft.commit` fills it in.
+        bytes_by_kind: how many of these are `zeros`, `weights` and `chunks`; empty for a plain one.
         bytes_added: by how much its chunks made the store larger; 0 for a plain one.
         criu_options: those that restore needs as well, by name without dashes.
     """
@@ -182,6 +183,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     point: str | None = None
     hooks: bool = False
     bytes_logical: Count = 0
+    bytes_by_kind: dict[str, Count] = {}
     bytes_added: Count = 0
     criu_options: dict[str, Any] = {}
 

@@ -314,7 +314,8 @@ def _print_facts(snapshot: Snapshot) -> None:
         "created": _when(manifest.created_ns),
         "command": " ".join(manifest.command),
         "processes": f"{len(manifest.pids)}, {len(manifest.cuda_pids)} of them with CUDA; root {manifest.root_pid}",
-        "images": f"{human_bytes(manifest.bytes_logical)} in {len(manifest.files)} files",
+        "images": f"{human_bytes(manifest.bytes_logical)} in {len(manifest.files)} files"
+        + "".join(f", {human_bytes(nbytes)} {kind}" for kind, nbytes in manifest.bytes_by_kind.items()),
         "stored": f"{human_bytes(snapshot.bytes_stored)}: {_CONTENT[manifest.content]}, "
         + (f"encrypted with the key {manifest.key_id}" if manifest.key_id else "not encrypted"),
         "weights": f"{human_bytes(weights_bytes)} in {len(manifest.weights)} files"
