@@ -21,7 +21,7 @@ import msgspec
 from checkpoint import extents, guarded
 from checkpoint.chunks.keys import MasterKey
 from checkpoint.chunks.packs import Packs
-from checkpoint.chunks.sealing import open_object, seal_object
+from checkpoint.chunks.sealing import Kind, key_id_of, open_object, seal_object, unwrapped
 from checkpoint.errors import CheckpointError, CorruptError
 from checkpoint.extents import ChunkBytes, Recipe
 from checkpoint.snapshots import Snapshot, digest_of
@@ -64,11 +64,6 @@ class Vault:
         self.master = master
         self.packs = Packs(os.path.join(store, CHUNKS_OPEN if master is None else CHUNKS), master)
 
-    @property
-    def key_id(self) -> str:
-        """Of the master key, 16 hexadecimal digits; empty without."""
-        return "" if self.master is None else self.master.id.hex()
-
     def require_fit(self) -> None:
         """Refuse a key that is not the one of the chunks that are there.
 
@@ -99,8 +94,7 @@ class Vault:
         said, path = snapshot.manifest, snapshot.recipes
         content = _read(path)
         bound = _bound(said.name, said.id, snapshot.digest)
-        if said.key_id != self.key_id:
-            raise _other_key(said.key_id, self.key_id, path)
+        unwrapped(content, Kind.OBJECT, self.master, path)  # of all that a wrong key makes fail, what tells so
         plain = open_object(self.master, self.packs.digest_key, content, bound, path)
         if len(plain) < _GENERATION.size:
             raise CorruptError("ends too early", path=path, mend=_ANEW)
@@ -130,6 +124,16 @@ class Vault:
         return len(self.packs.get(id_))
 
 
+def key_id(snapshot: Snapshot) -> str:
+    """The id of the key that a snapshot is encrypted with, as it lies there; empty where it is not.
+
+    Raises:
+        CheckpointError: it can't be read.
+    """
+    found = key_id_of(_read(snapshot.recipes)) if snapshot.manifest.is_encrypted else None
+    return found.hex() if found is not None else ""
+
+
 def live_chunks(vault: Vault, snapshots: Callable[[], Iterable[Snapshot]]) -> Callable[[], set[bytes]]:
     """The ids of all chunks that snapshots need, found when it is called; for `Packs.prune`.
 
@@ -141,7 +145,7 @@ def live_chunks(vault: Vault, snapshots: Callable[[], Iterable[Snapshot]]) -> Ca
     def found() -> set[bytes]:
         ids: set[bytes] = set()
         for snapshot in snapshots():
-            if snapshot.manifest.content == "plain" or bool(snapshot.manifest.key_id) is not bool(vault.key_id):
+            if snapshot.manifest.content == "plain" or snapshot.manifest.is_encrypted is not (vault.master is not None):
                 continue
             try:
                 ids.update(vault.open(snapshot).chunks())
@@ -166,10 +170,3 @@ def _read(path: str) -> bytes:
     if len(content) > _MOST_BYTES:
         raise CorruptError("is too large for recipes", path=path, mend=_ANEW)
     return content
-
-
-def _other_key(wanted: str, given: str, path: str) -> CorruptError:
-    if not wanted:
-        return CorruptError("is not encrypted, though a key is given", path=path, mend="use --no-encrypt to trust it")
-    but = f"not with this one, {given}" if given else "and none is given"
-    return CorruptError(f"is encrypted with the key {wanted}, {but}", path=path, mend="give the key it was made with")

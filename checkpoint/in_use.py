@@ -87,7 +87,7 @@ def _weights_at(path: str, root: str) -> Iterator[str]:
             yield path
         return
     for folder, _, names in os.walk(where):
-        for name in names:
+        for name in sorted(names):
             if name.endswith(_SUFFIXES) and os.path.isfile(os.path.join(folder, name)):
                 yield os.path.normpath(os.path.join(path, os.path.relpath(folder, where), name))
 

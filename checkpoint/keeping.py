@@ -107,10 +107,11 @@ class Chunked:
         complete = msgspec.structs.replace(
             said,
             content="recipes",
-            key_id=self._vault.key_id,
+            is_encrypted=self._vault.master is not None,
             weights=[said.weights[number] for number in taken.weights],
             files=taken.files,
             bytes_logical=sum(file.nbytes for file in taken.files),
+            bytes_by_kind=taken.bytes_by_kind,
             bytes_added=taken.bytes_added,
         )
         made = self._draft.commit(

@@ -39,7 +39,6 @@ _MANIFEST_AT: Final = _DIGEST_AT + 64 + len(_BEFORE_MANIFEST)
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Id = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
-KeyId = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{16})?\Z")]
 
 
 class Mount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -145,12 +144,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         weights: every weight file in use.
         programs: every program and library mapped; empty before version 2.
         content: what the snapshot's folder holds: the files that CRIU wrote, or recipes for them.
-        key_id: of the master key that the recipes and their chunks are sealed with, empty where nothing is encrypted.
+        is_encrypted: whether recipes and chunks are; with which key, they say themselves.
         files: every file that CRIU wrote; of plain ones `Draft.commit` fills it in.
         phases: how long each phase of making it took, in seconds, by name.
         point: the folder in which the process waits to be let go, None where it does not.
         hooks: whether the process itself said that it is warm, and so may have reseeded itself.
         bytes_logical: what a restore brings back: the sum of `files`; `Draft.commit` fills it in.
+        bytes_by_kind: how many of these are `zeros`, `weights` and `chunks`; empty for a plain one.
         bytes_added: by how much its chunks made the store larger; 0 for a plain one.
         criu_options: those that restore needs as well, by name without dashes.
     """
@@ -176,12 +176,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     weights: list[Weight] = []
     programs: list[Program] = []
     content: Literal["plain", "recipes"] = "plain"
-    key_id: KeyId = ""
+    is_encrypted: bool = False
     files: list[ImageFile] = []
     phases: dict[str, float] = {}
     point: str | None = None
     hooks: bool = False
     bytes_logical: Count = 0
+    bytes_by_kind: dict[str, Count] = {}
     bytes_added: Count = 0
     criu_options: dict[str, Any] = {}
 

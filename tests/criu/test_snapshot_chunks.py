@@ -106,6 +106,9 @@ def test_a_process_that_has_copied_its_weights(tmp_path: Path, it: Keyed, mounte
         one.process.wait(10)
         assert made["bytes"]["logical"] > WEIGHTS_BYTES + ZEROS_BYTES + OTHER_BYTES
         assert OTHER_BYTES < it.stored() < OTHER_BYTES + (8 << 20)
+        assert made["bytes"]["weights"] > WEIGHTS_BYTES - (1 << 20)
+        assert made["bytes"]["zeros"] > ZEROS_BYTES - (1 << 20)
+        assert sum(made["bytes"][kind] for kind in ("weights", "zeros", "chunks")) == made["bytes"]["logical"]
         assert abs(made["bytes"]["stored"] - it.stored()) < 1 << 20
         assert it.holds(b"a password that nobody else may read " * 2) is False, "it is compressed, if nothing else"
         it.told("verify", "warm")

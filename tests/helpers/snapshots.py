@@ -80,7 +80,7 @@ def add_chunked(
         said = manifest_of(
             draft,
             content="recipes",
-            key_id=vault.key_id,
+            is_encrypted=master is not None,
             files=taken.files,
             bytes_logical=sum(file.nbytes for file in taken.files),
             bytes_added=taken.bytes_added,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
+from checkpoint import preflight_memory
 from checkpoint.preflight import examine
 from checkpoint.preflight_memory import private_bytes
 from checkpoint.processes import Descriptor, Mapping, Process, namespaces_of
@@ -98,3 +101,24 @@ def test_shared_memory_counts_once() -> None:
     ballast = bytearray(b"x" * (32 << 20))
     assert private_bytes([me]) - before > 24 << 20
     del ballast
+
+
+def test_a_dump_into_memory_needs_memory_and_hardly_any_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight_memory, "private_bytes", lambda processes, *, proc: 1 << 30)
+    meminfo = tmp_path / "meminfo"
+
+    def found(available: int, free: int, *, gpu: int = 0, in_memory: bool = True) -> list[str]:
+        meminfo.write_text(f"MemTotal: 1 kB\nMemAvailable: {available >> 10} kB\n")
+        monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((1, 1, 0, free, free, 0, 0, 0, 0, 255)))
+        findings = preflight_memory.memory_findings(
+            [process()], store="/store", gpu_bytes=gpu, in_memory=in_memory, proc=str(tmp_path)
+        )
+        return [one.code for one in findings]
+
+    assert found(2 << 30, 1 << 28) == []
+    assert found(1 << 30, 1 << 28) == ["memory"]
+    assert found(2 << 30, 1 << 20) == ["store-space"]
+    assert found(3 << 30, 1 << 28, gpu=1 << 30) == ["memory"], "the GPU's is there twice: held, and dumped"
+    assert found(4 << 30, 1 << 28, gpu=1 << 30) == []
+    assert found(1 << 30, 1 << 28, in_memory=False) == ["store-space"]
+    assert found(1 << 30, 2 << 30, in_memory=False) == []

@@ -13,7 +13,7 @@ import pytest
 from checkpoint import scratch
 from checkpoint.ahead import weight_runs
 from checkpoint.chunks.keys import MasterKey
-from checkpoint.contents import Contents, Vault
+from checkpoint.contents import Contents, Vault, key_id
 from checkpoint.digests import Identity
 from checkpoint.errors import CheckpointError, CorruptError, MisfitError
 from checkpoint.extents import ChunkBytes, Extent, Recipe, WeightBytes, Zero
@@ -47,6 +47,7 @@ def test_recipes_come_back_as_they_were_stored(store: Store, master: MasterKey |
     assert made.bytes_stored > made.manifest.bytes_added > 0
     assert store.verify("warm", master).manifest == made.manifest
     assert store.list()[0].fault is None
+    assert key_id(made) == (master.id.hex() if master else "")
 
 
 def test_the_key_must_be_the_one(store: Store) -> None:

@@ -11,6 +11,7 @@ import pytest
 from checkpoint import weights
 from checkpoint.digest_cache import DigestCache
 from checkpoint.errors import CheckpointError, CorruptError, MisfitError
+from checkpoint.in_use import named_weights
 from checkpoint.manifest import Manifest, Mount
 from checkpoint.weights import check_weights, identify, seen_by, unchanged_since
 from tests.helpers.snapshots import FINGERPRINT
@@ -129,3 +130,34 @@ def test_what_can_not_be_read_is_no_corruption(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No such file") as raised:
         identify([str(tmp_path / "none")])
     assert raised.value.exit_code == 1
+
+
+def test_weights_that_a_command_line_names(tmp_path: Path) -> None:
+    model, blobs = tmp_path / "models" / "m", tmp_path / "models" / "blobs"
+    for folder in (model / "deep", blobs, tmp_path / "elsewhere"):
+        folder.mkdir(parents=True)
+    names = ["m/a.safetensors", "m/deep/b.gguf", "m/config.json", "other.safetensors"]
+    for name in names:
+        (tmp_path / "models" / name).write_bytes(b"w")
+    (blobs / "0123").write_bytes(b"w")
+    (model / "link.safetensors").symlink_to("../blobs/0123")
+    (model / "same.safetensors").hardlink_to(model / "a.safetensors")
+    (tmp_path / "elsewhere" / "c.safetensors").write_bytes(b"w")
+    mountpoint = str(tmp_path / "models")
+
+    def named(*arguments: str, given: tuple[str, ...] = (), cwd: str = "/") -> list[str]:
+        found = named_weights(arguments, [mountpoint], cwd=cwd, given=given)
+        return sorted(os.path.relpath(path, tmp_path) for path in found)
+
+    whole = ["models/m/a.safetensors", "models/m/deep/b.gguf", "models/m/link.safetensors"]
+    assert named("server", str(model), "--port", "8000") == whole
+    assert named(f"--model={model}") == whole
+    assert named("m/deep", cwd=mountpoint) == ["models/m/deep/b.gguf"]
+    assert named(str(model / "deep" / "b.gguf"), str(model / "config.json"), str(tmp_path / "none")) == [
+        "models/m/deep/b.gguf"
+    ]
+    assert named(str(tmp_path / "elsewhere"), "--empty=") == [], "it is on no mount"
+    assert named(given=(str(tmp_path / "elsewhere"),)) == ["elsewhere/c.safetensors"]
+    assert named_weights([mountpoint], [], cwd="/") == []
+    with pytest.raises(CheckpointError, match="not there"):
+        named(given=(str(tmp_path / "none"),))

@@ -182,7 +182,7 @@ def prune(
         freed = sum(usable[name].bytes_stored for name in removed)
         if not dry_run:
             freed += _collected(opened, master, failed) - sum(usable[name].manifest.bytes_added for name in removed)
-            if not has_key and any(usable[name].manifest.key_id for name in removed):
+            if not has_key and any(usable[name].manifest.is_encrypted for name in removed):
                 sys.stderr.write("weightfs: encrypted chunks stay until prune is given their key\n")
         if as_json:
             emit({"removed": removed, "kept": kept, "bytes_freed": freed, "dry_run": dry_run})
@@ -314,9 +314,10 @@ def _print_facts(snapshot: Snapshot) -> None:
         "created": _when(manifest.created_ns),
         "command": " ".join(manifest.command),
         "processes": f"{len(manifest.pids)}, {len(manifest.cuda_pids)} of them with CUDA; root {manifest.root_pid}",
-        "images": f"{human_bytes(manifest.bytes_logical)} in {len(manifest.files)} files",
+        "images": f"{human_bytes(manifest.bytes_logical)} in {len(manifest.files)} files"
+        + "".join(f", {human_bytes(nbytes)} {kind}" for kind, nbytes in manifest.bytes_by_kind.items()),
         "stored": f"{human_bytes(snapshot.bytes_stored)}: {_CONTENT[manifest.content]}, "
-        + (f"encrypted with the key {manifest.key_id}" if manifest.key_id else "not encrypted"),
+        + (f"encrypted with the key {_key_id(snapshot)}" if manifest.is_encrypted else "not encrypted"),
         "weights": f"{human_bytes(weights_bytes)} in {len(manifest.weights)} files"
         + (f" on {mount.mountpoint} (of {mount.source})" if mount else ""),
         "listens": ", ".join(manifest.listeners) or "nowhere",
@@ -329,6 +330,12 @@ def _print_facts(snapshot: Snapshot) -> None:
         say(f"{what:>{_FACTS}}  {printable(value)}")
     for name, seconds in manifest.phases.items():
         say(f"{printable(name):>{_FACTS}}  {seconds:.3f} s")
+
+
+def _key_id(snapshot: Snapshot) -> str:
+    from checkpoint.contents import key_id
+
+    return key_id(snapshot)
 
 
 def _print_differences(differences: list[Difference]) -> None:

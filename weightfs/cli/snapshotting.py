@@ -288,7 +288,11 @@ def _say_created(made: Created, seconds: dict[str, float], *, as_json: bool) -> 
                 "id": manifest.id,
                 "pid": made.pid,
                 "phases": seconds,
-                "bytes": {"logical": manifest.bytes_logical, "stored": made.snapshot.bytes_stored},
+                "bytes": {
+                    "logical": manifest.bytes_logical,
+                    "stored": made.snapshot.bytes_stored,
+                    **manifest.bytes_by_kind,
+                },
                 "findings": [one.document() for one in made.findings],
             }
         )
