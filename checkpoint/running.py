@@ -136,6 +136,8 @@ def _restored(
             parent.adopt(back.pid)
     except WeightfsError as e:
         return e
+    except OSError as e:  # whatever the machine lacks, the service runs
+        return CheckpointError(f"it can't be restored here: {e.strerror}", path=e.filename)
     for warning in back.warnings:
         around.say(warning)
     around.say(f"{name} restored, pid {back.pid}, {sum(back.seconds.values()):.3f} s")
@@ -208,6 +210,8 @@ def _snapshot(name: str, options: RunOptions, around: Surroundings, parent: Fore
             created = create(name, parent.pid, around.store(), tools, made)
     except Interrupted:
         around.say("no snapshot: a signal came first")
+    except OSError as e:
+        around.say(f"no snapshot: {e}")
     except WeightfsError as e:
         around.say(f"no snapshot: {e}" + (f"; {e.mend}" if e.mend else ""))
     else:
