@@ -17,6 +17,7 @@ from checkpoint.criu import restore
 from checkpoint.errors import CheckpointError, CorruptError, RetryError
 from checkpoint.filling import Buffer, Filling
 from checkpoint.page_plan import Run
+from checkpoint.pages import PageImage
 from checkpoint.pageserver import PageServer
 from tests.helpers.mounting import wait_until
 from tests.helpers.paged import Dumped, dumped, needs_userfaultfd, served
@@ -125,15 +126,15 @@ def test_criu_is_ended_when_a_fault_can_not_be_served(tmp_path: Path, monkeypatc
     with target(SLEEPS, tmp_path) as one:
         one.said()
         gone = dumped(one, tmp_path)
-        (pages,) = Path(gone.images).glob("pages-*.img")
+        (image,) = Path(gone.images).glob("pages-*.img")
 
-        def unreadable(self: Buffer, fd: int, offset: int, nbytes: int, path: str) -> None:
-            raise CorruptError("can't be read: Input/output error", path=path)
+        def unreadable(self: Buffer, pages: PageImage, offset: int, nbytes: int) -> None:
+            raise CorruptError("can't be read: Input/output error", path=pages.path)
 
         monkeypatch.setattr(Buffer, "read", unreadable)
         with served(gone) as server, pytest.raises(CorruptError, match="Input/output error") as refused:
             restore_and_finish(gone, server)
-        assert refused.value.path == str(pages)
+        assert refused.value.path == str(image)
         wait_until(lambda: not one.lives() or processes.process(one.pid).has_ended, "nothing half filled is left")
 
 
