@@ -89,7 +89,7 @@ IMPATIENT = {
     "service.py": [
         (
             "from prefetch.budget import",
-            f"import prefetch.scheduler as _\n_.STALLED_S = {STALLED_S}\nfrom prefetch.budget import",
+            f"import prefetch.underway as _\n_.STALLED_S = {STALLED_S}\nfrom prefetch.budget import",
         )
     ]
 }
@@ -109,7 +109,7 @@ def test_a_device_that_stands_still_ends_one_prefetch(
     assert warm(mount, "b")[1]["failure"] is None, "while the other stands still"
     (failed,) = wait_until(lambda: prefetch(mount)["failed"], "it is given up", timeout_s=40)
     assert time.monotonic() - began >= STALLED_S - 0.5
-    assert "the source does not answer" in failed["failure"]
+    assert f"no byte came for {STALLED_S:g} s: the source does not answer" in failed["failure"]
     assert prefetch(mount)["active"] == []
     assert within(20, lambda: sorted(os.listdir(mount.mountpoint))) == ["a", "b"]
     status, said = warm(mount, "a")
@@ -183,7 +183,7 @@ def test_what_is_foretold_gives_way_and_goes_on(source: FailingSource, mounter: 
     source.order()
     wait_until(lambda: not progress(mount), "b has been read")
 
-    wait_until(lambda: in_memory(source, "a") >= WHOLE, "a goes on")
+    wait_until(lambda: in_memory(source, "a") >= WHOLE, "a goes on", timeout_s=60)
     assert prefetch(mount)["failed"] == []
 
 
@@ -197,4 +197,4 @@ def test_a_successor_foretells_the_same(source: FailingSource, mounter: Mounter,
     wait_until(lambda: mount.daemon_pid() != dead, "a successor serves")
     wait_until(lambda: progress(mount).get("a/model", 0) > 0, "it reads a")
     source.order()
-    wait_until(lambda: in_memory(source, "a") >= WHOLE, "it has read a")
+    wait_until(lambda: in_memory(source, "a") >= WHOLE, "it has read a", timeout_s=60)

@@ -67,13 +67,14 @@ def test_others_are_answered_and_every_model_is_read(tmp_path: Path, mounter: Mo
             with open(mount.path("bystander"), "rb") as file:
                 assert file.read() == b"content"
             slowest_s = max(slowest_s, time.monotonic() - at)
-            assert at - began < 60
+            assert at - began < 120
         took_s = time.monotonic() - began
     wait_until(lambda: not prefetch(mount)["active"], "prefetch ends")
     state = prefetch(mount)
     print(f"{state['triggers']} triggers in {took_s:.2f} s, {state['coalesced']} coalesced, slowest {slowest_s:.3f} s")
     assert state["triggers"] == PROCESSES * EACH + 1
-    assert state["coalesced"] >= 0.95 * PROCESSES * EACH
+    # A process is looked at once a second for each file it opens; a busy machine only makes the seconds more.
+    assert state["triggers"] - state["coalesced"] <= 3 * PROCESSES * (took_s + 2)
     assert state["wanted"] == MODELS
     assert state["failed"] == []
     assert slowest_s < 5
