@@ -66,6 +66,7 @@ class Filling:
         is_child: it was forked while its parent's memory was filled in.
         has_ended: nobody needs its memory any more.
         bytes_copied, zero_bytes, faults: so far.
+        given_up_bytes: of the plan, which the process unmapped or discarded before they were filled in.
     """
 
     def __init__(self, memory: Memory, fd: int, pages: PageImage, plan: Plan | None = None) -> None:
@@ -75,6 +76,7 @@ class Filling:
         self.has_ended = False
         self.bytes_copied = 0
         self.zero_bytes = 0
+        self.given_up_bytes = 0
         self.faults = 0
         self._pages = pages
         self._plan = Plan(memory.runs) if plan is None else plan
@@ -151,7 +153,7 @@ class Filling:
         elif event.kind == userfaultfd.REMAP:
             moved += self._plan.move(event.start, event.end, event.to)
         elif event.kind in (userfaultfd.REMOVE, userfaultfd.UNMAP):
-            self._plan.remove(event.start, event.end)
+            self.given_up_bytes += sum(run.end - run.start for run in self._plan.remove(event.start, event.end))
         else:
             raise CheckpointError(f"userfaultfd told of something unknown ({event.kind:#x})")
 

@@ -148,7 +148,7 @@ def _pages_name(head: Fields, path: str) -> str:
 
 def _runs(messages: Iterator[Fields], path: str) -> tuple[list[Run], int]:
     """The lazy runs, ascending, and how many bytes of pages there are, lazy or not."""
-    runs = []
+    runs: list[Run] = []
     offset = reached = 0
     for fields in messages:
         start = _number(fields, 1, path)
@@ -162,7 +162,11 @@ def _runs(messages: Iterator[Fields], path: str) -> tuple[list[Run], int]:
             raise _damaged(path, "refers to the images of an earlier dump, which a snapshot has none of")
         if flags & _PRESENT:
             if flags & _LAZY:
-                runs.append(Run(start, end, offset))
+                if runs and runs[-1].end == start and runs[-1].offset + start - runs[-1].start == offset:
+                    start_of, _, at = runs.pop()  # CRIU tells of a MiB at a time, wherever it ends
+                    runs.append(Run(start_of, end, at))
+                else:
+                    runs.append(Run(start, end, offset))
             offset += end - start
         elif flags & _LAZY:
             raise _damaged(path, f"has lazy pages at {start:#x} that are nowhere")

@@ -46,12 +46,14 @@ class Filled(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         bytes_copied: from images.
         zero_bytes: with zeros: those of images, and pages that no image has and a process waited for.
+        given_up_bytes: that processes unmapped or discarded before they were filled in; none of one that is stopped.
         seconds: from CRIU's mark to the last page.
         faults: pages that a process, or the kernel for it, waited for.
     """
 
     bytes_copied: int
     zero_bytes: int
+    given_up_bytes: int
     seconds: float
     faults: int
 
@@ -172,6 +174,7 @@ class PageServer:
         return Filled(
             bytes_copied=sum(one.bytes_copied for one in self._fillings),
             zero_bytes=sum(one.zero_bytes for one in self._fillings),
+            given_up_bytes=sum(one.given_up_bytes for one in self._fillings),
             seconds=self._seconds,
             faults=sum(one.faults for one in self._fillings),
         )

@@ -317,7 +317,13 @@ def _memory_filled(
                     inherited=laid.inherited,
                 )
             with phases.phase("memory"):
-                return pid, server.finish(options.timeout_s)
+                filled = server.finish(options.timeout_s)
+            if filled.given_up_bytes:  # all are stopped: whatever was discarded, no process of theirs did that
+                raise CheckpointError(
+                    f"{filled.given_up_bytes} bytes of memory were discarded before they were filled in",
+                    mend="restore with --plain",
+                )
+            return pid, filled
         except BaseException as e:
             if instance is None:  # which ends what is in it
                 _kill(entry)

@@ -93,7 +93,8 @@ def test_memory_is_filled_in(it: Commands, hasher: tuple[Target, str]) -> None:
     assert "memory" in back["phases"], back
     assert one.ask() == before
     assert back["memory"]["bytes_copied"] > 16 << 20, back
-    assert back["memory"].keys() == {"bytes_copied", "zero_bytes", "seconds", "faults"}
+    assert back["memory"]["given_up_bytes"] == 0
+    assert back["memory"].keys() == {"bytes_copied", "zero_bytes", "given_up_bytes", "seconds", "faults"}
     assert one.ask() == before
 
 

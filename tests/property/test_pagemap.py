@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import tempfile
@@ -113,6 +114,9 @@ def test_what_was_written_is_read(layout: list[tuple[int, list[tuple[bool, int]]
     assert _pages(memory.runs) == _pages([Run(*one) for one in want])
     for run in memory.runs:
         assert not any(run.start < start < run.end for start in starts), "it reaches over two mappings"
+    for run, after in itertools.pairwise(memory.runs):
+        goes_on = run.end == after.start and run.offset + run.end - run.start == after.offset
+        assert not goes_on or after.start in starts, "what is copied at once would be small"
 
 
 def _pages(runs: Sequence[Run]) -> list[tuple[int, int]]:
