@@ -164,6 +164,11 @@ class Pace:
         self._suspects = False
         self.yields = False
 
+    @property
+    def holds(self) -> bool:
+        """Whether others read, or may: who is reading is to stop soon. From any thread."""
+        return self.yields or self._suspects or self._draining_s is not None
+
     def restart(self) -> None:
         """Other files, or other disks, are read from now on."""
         self._mark = None
