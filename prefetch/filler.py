@@ -43,7 +43,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from prefetch.course import Course
+from prefetch.course import CHUNK_BYTES, Course
 from prefetch.pace import Disks, Pace
 from prefetch.plan import Extent
 from prefetch.residency import is_resident, resident_bytes
@@ -136,7 +136,6 @@ class Filler:
         self._pace = Pace(self._disks.counters, self._resident)
         self._turn = threading.Condition()
         self._fills: deque[Fill] = deque()
-        self._leaving: set[Fill] = set()  # the last reads of these are under way
         self._ended: deque[Fill] = deque()  # nothing of them is under way, and nobody was told yet
         self._threads: list[threading.Thread] = []
         self._working = 0
@@ -227,38 +226,40 @@ class Filler:
                     self._turn.wait()
                 elif (wait_s := self._pace.wait_s(self._working, max(self._working, 1) * self._unseen_bytes)) > 0:
                     self._turn.wait(wait_s)
-                else:
-                    fill = self._fills[0]
-                    if (chunk := next(fill.chunks, None)) is None:
-                        fill.exhausted = True
-                        continue
-                    self._fills.rotate(-1)
-                    fill.working += 1
+                elif (chosen := self._choose()) is not None:
+                    chosen[0].working += 1
                     self._working += 1
                     self._turn.notify()  # who waited until nothing is under way need not wait any more
-                    return fill, chunk
+                    return chosen
+                elif not any(fill.exhausted for fill in self._fills):
+                    self._turn.wait()
             return None
+
+    def _choose(self) -> tuple[Fill, Extent] | None:
+        """The next read in turn. What is under way may put back a part of it: until it ended nothing is exhausted."""
+        for fill in list(self._fills):
+            if (chunk := next(fill.chunks, None)) is not None:
+                self._fills.remove(fill)
+                self._fills.append(fill)
+                return fill, chunk
+            fill.exhausted = not fill.working
+        return None
 
     def _depth(self) -> int:
         """How many reads may be under way: one for each model at least."""
-        models = len(self._fills) + len(self._leaving)
-        return min(self._config.depth, max(models, _UNDER_WAY_BYTES // self._each_bytes))
+        return min(self._config.depth, max(len(self._fills), _UNDER_WAY_BYTES // self._each_bytes))
 
     def _sort_out(self) -> None:
-        """Take fills of which nothing is left to begin out of the turn."""
+        """Take fills of which nothing is left to read out of the turn."""
         for fill in [fill for fill in self._fills if fill.cancelled or fill.exhausted]:
             self._fills.remove(fill)
             self._look_elsewhere()
             fill.exhausted = True
-            if fill.working:
-                self._leaving.add(fill)
-            else:
-                self._ended.append(fill)
-        for fill in [fill for fill in self._leaving if fill.cancelled]:  # what of it never ends holds up nobody else
-            self._leaving.remove(fill)
-            fill.written_off = fill.working
+            fill.written_off = fill.working  # what never ends of one that was cancelled holds up nobody else
             self._working -= fill.working
             self._lost += fill.working
+            if not fill.working:
+                self._ended.append(fill)
 
     def _look_elsewhere(self) -> None:
         """What is to be read lies on other disks, maybe."""
@@ -310,6 +311,8 @@ class Filler:
                 linux.populate_huge(fd, at, until - at)
                 self._came(fill, until - max(at, chunk.offset), min(left, _HUGE_BYTES))
                 left -= min(left, _HUGE_BYTES)
+                if self._stops(fill, chunk, until):
+                    break
         except OSError as e:
             if e.errno != errno.EFAULT:
                 raise
@@ -317,7 +320,7 @@ class Filler:
                 fill.cancel(f"{chunk.file}: ends at byte {size} now")
                 return 0
             raise OSError(errno.EIO, os.strerror(errno.EIO)) from e
-        return missing
+        return missing - left
 
     def _send(self, fill: Fill, chunk: Extent, stream: Stream, sink: int) -> int:
         try:
@@ -327,6 +330,8 @@ class Filler:
                     fill.cancel(f"{chunk.file}: ends at byte {stream.at} now")
                     break
                 self._came(fill, moved, moved)
+                if self._stops(fill, chunk, stream.at):
+                    break
         except BaseException:
             stream.close()
             raise
@@ -340,6 +345,16 @@ class Filler:
             before, fill.stream = fill.stream, stream
         if before is not None:
             before.close()
+
+    def _stops(self, fill: Fill, chunk: Extent, at: int) -> bool:
+        """Whether the rest of a chunk is left for later, because somebody else is to have the disk or the memory."""
+        if at % CHUNK_BYTES or at >= chunk.end or not (self.halted or self._pace.holds):
+            return False
+        with self._turn:
+            if fill.cancelled:
+                return False
+            fill.chunks.put_back(Extent(chunk.file, at, chunk.end - at))
+        return True
 
     def _came(self, fill: Fill, nbytes: int, read_bytes: int) -> None:
         with self._turn:
@@ -357,7 +372,6 @@ class Filler:
             else:
                 self._working -= 1
             if fill.exhausted and not fill.working:
-                self._leaving.discard(fill)
                 self._ended.append(fill)
             self._turn.notify()
 

@@ -2,12 +2,12 @@
 
 Under passthrough nobody tells the daemon of a demand read. The disk's own counters do. Each 10 ms what it has read is
 compared with what has come to us: as long as the difference may be what we have under way, nobody else reads, and
-nothing waits. When it is more, nothing of ours is begun for a moment, and what the disk has read beyond what the files
-being filled have gained is others'. (What those have gained was read by us, or by their loader, whom prefetch runs
-ahead of and need not yield to; while that is all, looks are 0.05 to 0.4 s apart. Each lasts until what is under way
-has come, 10 to 30 ms beside a loader: at 20 a second they took a third of the disk's time from a prefetch.) Beside
-anybody else one read is under way at a time, with a gap behind it in which the disk is theirs alone: long beside small
-reads, whose slowest hundredth suffers, shorter beside large ones, whose bandwidth does.
+nothing waits. When it is more than that, and more than the files being filled have gained, which was read by us or by
+their loader, whom prefetch runs ahead of and need not yield to, nothing of ours is begun for a moment: what the disk
+has read beyond those files then is others'. (Such a moment lasts until what is under way has come, 10 to 30 ms beside a
+loader: at 20 a second, whoever read, they took a third of the disk's time from a prefetch.) Beside anybody else one
+read is under way at a time, with a gap behind it in which the disk is theirs alone: long beside small reads, whose
+slowest hundredth suffers, shorter beside large ones, whose bandwidth does.
 
 The I/O priority is the idle one then as well, but no help once a read was handed to the device. (It is no good beside
 a model's own loader: behind its reads prefetch would be as slow as they are.) Measured beside somebody
@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 
 _GLANCE_S: Final = 0.01
 _LOOK_S: Final = 0.05
-_LOOK_MOST_S: Final = 0.4
-"""Twice as long after each look that found nobody but the loader of what is being filled."""
+_TOLERATED_S: Final = 0.4
+"""What others may have read in so long is overlooked, however long it took them."""
 _AGAIN_S: Final = 0.02
 """Others are looked for again so soon before anything is yielded: a program that begins to run reads a little too."""
 _DRAINS: Final = 2
@@ -149,8 +149,8 @@ class Pace:
         self._mark: tuple[float, int] | None = None  # when others were last looked for, and what we had read
         self._known = 0  # what the disks had read that we had not, when that was last explained
         self._known_s = 0.0
-        self._look_s = _LOOK_S
-        self._looked_s = 0.0
+        self._looked_s = 0.0  # when it was asked last what there is of the files, and with nothing under way
+        self._settled_s = 0.0
         self._most = 0  # what the disks had read that is not in the files being filled; pages on their way count there
         self._gap: Counters | None = None  # what they had read when the last gap began
         self._next_s = 0.0
@@ -163,6 +163,11 @@ class Pace:
         self._gaps = _GAP_BESIDE_SMALL
         self._suspects = False
         self.yields = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether others read, or may: who is reading is to stop soon. From any thread."""
+        return self.yields or self._suspects or self._draining_s is not None
 
     def restart(self) -> None:
         """Other files, or other disks, are read from now on."""
@@ -223,10 +228,20 @@ class Pace:
         self._known = min(self._known + int(_SOME_BYTES_S * (now - self._known_s)), beyond)
         self._known_s = now
         if beyond > self._known + _SOME_BYTES + unseen_bytes:
-            return now < self._looked_s + self._look_s
+            return now < self._looked_s + _LOOK_S or self._is_gained(now, counted, beyond)
         if now >= mark[0] + _LOOK_S:
             self._learn(now, mark)
-            self._mark, self._look_s = (now, self._ours), _LOOK_S
+            self._mark = now, self._ours
+        return True
+
+    def _is_gained(self, now: float, counted: Counters, beyond: int) -> bool:
+        """Whether the files being filled have gained what came from the disk, though we did not read it."""
+        self._looked_s = now
+        tolerated = _SOME_BYTES + _SOME_BYTES_S * min(now - self._settled_s, _TOLERATED_S)
+        held = self._resident()
+        if held is not None and counted.nbytes - held - self._most > tolerated:
+            return False
+        self._known = beyond
         return True
 
     def _learn(self, now: float, mark: tuple[float, int]) -> None:
@@ -245,7 +260,7 @@ class Pace:
         if counted is None or held is None:
             self.yields = False
             return
-        self._mark, self._looked_s = (now, self._ours), now
+        self._mark, self._looked_s, self._settled_s = (now, self._ours), now, now
         self._known, self._known_s = counted.nbytes - self._ours, now
         if mark is None:
             self._most = counted.nbytes - held
@@ -258,7 +273,6 @@ class Pace:
             self._suspects = True
             return
         self._suspects = False
-        self._look_s = _LOOK_S if others_read or self.yields else min(2 * self._look_s, _LOOK_MOST_S)
         if others_read:
             gap = self._gap if self.yields else None
             if gap is None:

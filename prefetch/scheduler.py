@@ -22,7 +22,7 @@ import trio
 
 from prefetch import underway
 from prefetch.anticipation import AFTER_PRESSURE_S, Anticipation, Target
-from prefetch.course import Course
+from prefetch.course import EARLY_BYTES, Course
 from prefetch.filler import Fill, Filler, FillerConfig
 from prefetch.foresight import Foresight, Past
 from prefetch.giving import Giving
@@ -364,7 +364,8 @@ class Scheduler:
         labels = {layer.label for layer in affordable}
         before = self._known_bytes(standing, opened)
         end = functools.partial(self._end, standing, opened, before)
-        fill = standing.fill = Fill(Course(plan.extents(labels)), opened.fds, end, standing.awaited)
+        course = Course(plan.extents(labels), 0 if standing.awaited else EARLY_BYTES)
+        fill = standing.fill = Fill(course, opened.fds, end, standing.awaited)
         self._underway.add(standing, opened)
         if wish.opens_weights:
             self._underway.glance(standing)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from prefetch.course import CHUNK_BYTES, Course, Lookout
+from prefetch.course import CHUNK_BYTES, RUN_BYTES, Course, Lookout
 from prefetch.plan import Extent
 
 MIB = 1 << 20
@@ -41,21 +41,33 @@ def test_parts_end_where_their_multiples_do() -> None:
 
 
 def test_it_goes_on_in_the_order_of_the_files_where_it_is_led() -> None:
-    course = Course(PLAN, 50 * MIB)
-    assert next(course) == Extent("a", 400 * MIB, 50 * MIB)
+    course = Course(PLAN)
+    assert next(course) == Extent("a", 400 * MIB, CHUNK_BYTES)
     course.lead(Extent("a", 70 * MIB, 0))
-    assert list(course) == [
+    assert course.left() == [
         Extent("a", 70 * MIB, 30 * MIB),
-        Extent("a", 450 * MIB, 50 * MIB),
+        Extent("a", 404 * MIB, 96 * MIB),
         Extent("b", 0, 50 * MIB),
-        Extent("a", 0, 50 * MIB),
-        Extent("a", 50 * MIB, 20 * MIB),
+        Extent("a", 0, 70 * MIB),
     ]
+
+
+def test_reads_are_larger_once_the_first_layers_were_read() -> None:
+    course = Course([Extent("f", 0, 100 * MIB)], 5 * MIB)
+    assert [one.nbytes // MIB for one in itertools.islice(course, 4)] == [4, 4, 8, 16]
+    assert next(Course([Extent("f", 0, 100 * MIB)], 0)).nbytes == RUN_BYTES
+
+
+def test_what_is_put_back_comes_next() -> None:
+    course = Course(PLAN, 0)
+    first = next(course)
+    course.put_back(Extent(first.file, first.offset + CHUNK_BYTES, first.nbytes - CHUNK_BYTES))
+    assert next(course) == Extent("a", 404 * MIB, first.nbytes - CHUNK_BYTES)
 
 
 def test_each_byte_is_read_once_wherever_it_is_led() -> None:
     for file, at in itertools.product("ab", range(0, 600, 50)):
-        course = Course(PLAN, 7 * MIB)
+        course = Course(PLAN)
         begun = [next(course), next(course)]
         course.lead(Extent(file, at * MIB + 3, 0))
         assert sum(one.nbytes for one in begun + list(course)) == 250 * MIB

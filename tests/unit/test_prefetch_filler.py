@@ -12,7 +12,7 @@ import pytest
 
 from prefetch.course import CHUNK_BYTES, Course
 from prefetch.filler import Fill, Filler, FillerConfig
-from prefetch.pace import Disks
+from prefetch.pace import Disks, Pace
 from prefetch.plan import Extent
 from prefetch.residency import drop, resident_bytes
 from weightfs import linux
@@ -113,6 +113,27 @@ def test_a_balloon_says_whether_free_memory_is_taken_back(tmp_path: Path, featur
     (tmp_path / "virtio_balloon" / "bind").write_text("")
     (tmp_path / "virtio_balloon" / "virtio0" / "features").write_text(features + "\n")
     assert linux.reports_free_pages(str(tmp_path)) is reports
+
+
+@pytest.mark.parametrize("made", ["filler", "huge"])
+def test_who_reads_a_run_stops_soon_for_others_and_goes_on_later(
+    made: str, file: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    filler: Filler = request.getfixturevalue(made)
+    ran, real = list[int](), Filler._fill
+
+    def noted(self: Filler, fill: Fill, chunk: Extent, sink: int) -> int:
+        ran.append(chunk.offset)
+        return real(self, fill, chunk, sink)
+
+    monkeypatch.setattr(Filler, "_fill", noted)
+    monkeypatch.setattr(Pace, "holds", True)
+    fill = Fill(Course([Extent("f", 0, size_of(file))], 0), {"f": file}, lambda: None)
+    filler.start(fill)
+    assert fill.ended.wait(SOON_S)
+    assert ran == [0, CHUNK_BYTES, 2 * CHUNK_BYTES]
+    assert fill.filled_bytes + fill.skipped_bytes == size_of(file)
+    assert resident_bytes(file, 0, size_of(file)) == size_of(file)
 
 
 def test_a_small_part_is_read_without_the_huge_page_around_it(filler: Filler, file: int) -> None:

@@ -185,17 +185,14 @@ def test_when_it_reads_more_it_is_waited_until_nothing_is_under_way(machine: Mac
     assert machine.pace.wait_s(0, READ) == 0
 
 
-def test_a_loader_of_what_is_read_is_looked_at_less_and_less(machine: Machine) -> None:
-    waits = 0
+def test_a_loader_of_what_is_read_holds_up_nothing(machine: Machine) -> None:
     assert machine.held is not None
     assert machine.pace.wait_s(0) == 0
     for _ in range(100):
         machine.now_s += 0.02
         machine.read(8 * MIB, 64 << 10)
         machine.held += 8 * MIB
-        waits += machine.pace.wait_s(1, MIB) > 0
-        assert machine.pace.wait_s(0, MIB) == 0
-    assert 4 <= waits <= 8
+        assert machine.pace.wait_s(3, MIB) == 0
     assert not machine.yields()
 
 
@@ -204,7 +201,6 @@ def test_a_read_that_never_ends_holds_it_up_once(machine: Machine) -> None:
     machine.now_s += 0.06
     machine.read(8 * MIB, 4096)
     assert machine.held is not None
-    machine.held += 8 * MIB
     assert machine.pace.wait_s(1) == pytest.approx(1.0)
     machine.now_s += 1.0
     waits = 0
