@@ -68,6 +68,11 @@ class Generations:
                     file.flush()
                     os.fsync(file.fileno())
                 os.rename(draft, path)
+                folder = os.open(self._folder, guarded.FOLDER)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
             except BaseException:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(draft)

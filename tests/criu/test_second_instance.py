@@ -17,15 +17,9 @@ import pytest
 
 from checkpoint.processes import start_ticks
 from tests.helpers.mounting import wait_until
-from tests.helpers.targets import CRIU, end, needs_criu
+from tests.helpers.targets import end, needs_criu_for_sockets
 
-pytestmark = [
-    needs_criu,
-    pytest.mark.skipif(
-        CRIU is not None and not CRIU.can_dump_inet,
-        reason="this machine lacks CRIU 4.2, which Linux 6.16 and later need for sockets",
-    ),
-]
+pytestmark = needs_criu_for_sockets
 
 SERVER = """
 import http.server, itertools, sys, os

@@ -12,15 +12,9 @@ import pytest
 from checkpoint.processes import start_ticks, tree_of
 from tests.helpers.mounting import Mounter
 from tests.helpers.served import Bench, await_gone, bench, is_running
-from tests.helpers.targets import CRIU, needs_criu
+from tests.helpers.targets import needs_criu_for_sockets
 
-pytestmark = [
-    needs_criu,
-    pytest.mark.skipif(
-        CRIU is not None and not CRIU.can_dump_inet,
-        reason="this machine lacks CRIU 4.2, which Linux 6.16 and later need for sockets",
-    ),
-]
+pytestmark = needs_criu_for_sockets
 
 
 @pytest.fixture

@@ -15,16 +15,10 @@ from checkpoint.processes import tree_of
 from checkpoint.store import Store
 from tests.helpers.mounting import Mounter, wait_until_settled
 from tests.helpers.served import Commands, await_gone, free_port
-from tests.helpers.targets import CRIU, needs_criu
+from tests.helpers.targets import needs_criu_for_sockets
 from tests.helpers.tiny_llama import write_tiny_llama
 
-pytestmark = [
-    needs_criu,
-    pytest.mark.skipif(
-        CRIU is not None and not CRIU.can_dump_inet,
-        reason="this machine lacks CRIU 4.2, which Linux 6.16 and later need for sockets",
-    ),
-]
+pytestmark = needs_criu_for_sockets
 
 SERVER: Final = """
 import sys, threading, xllamacpp

@@ -40,6 +40,10 @@ def _criu() -> Criu | None:
 
 CRIU = _criu()
 needs_criu = pytest.mark.skipif(CRIU is None, reason="this machine lacks CRIU 4.1 or later that works")
+needs_criu_for_sockets = pytest.mark.skipif(
+    CRIU is None or not CRIU.can_dump_inet,
+    reason="this machine lacks CRIU that works, and 4.2 on Linux 6.16 and later, which need it for sockets",
+)
 
 
 def the_criu() -> Criu:
