@@ -10,7 +10,6 @@ our end of its socket is closed.
 from __future__ import annotations
 
 import os
-import select
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import msgspec
 
 from checkpoint.cuda_program import Answer, Request
 from checkpoint.errors import CudaError
+from weightfs import linux
 
 _END_S: Final = 2.0
 _RECEIVED_BYTES: Final = 1 << 16
@@ -121,7 +121,7 @@ class Helper:
         with suppress(ProcessLookupError):
             pidfd = os.pidfd_open(self._process.pid)
             try:
-                select.select([pidfd], [], [], timeout_s)
+                linux.is_readable(pidfd, timeout_s)
             finally:
                 os.close(pidfd)
         return self._process.poll() is not None

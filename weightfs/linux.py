@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import math
 import mmap
 import os
 import re
 import resource
+import select
 import struct
 import threading
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 MS_RDONLY: Final = 1
 MS_NOSUID: Final = 2
@@ -124,6 +126,13 @@ def openat2(dir_fd: int, path: bytes, flags: int, resolve: int) -> int:
     if fd < 0:
         raise _failed(path)
     return fd
+
+
+class HasFileno(Protocol):
+    """What has a descriptor: a socket, a file, a link."""
+
+    def fileno(self) -> int:
+        """The descriptor."""
 
 
 class Statx(NamedTuple):
@@ -355,6 +364,23 @@ def avoid_oom() -> int:
             return score
         return OOM_SCORE
     return score
+
+
+def is_readable(file: HasFileno | int, timeout_s: float | None = None) -> bool:
+    """Wait until something can be read there, or its other end has closed; a pidfd: until that process has ended.
+
+    By poll(2), as select(2) can't name a descriptor above 1,023 and a host of many files has those.
+
+    Args:
+        file: what is waited for.
+        timeout_s: the longest wait in seconds, None for ever; 0 only looks.
+
+    Returns:
+        False when the time is over.
+    """
+    waiting = select.poll()
+    waiting.register(file, select.POLLIN)
+    return bool(waiting.poll(None if timeout_s is None else math.ceil(timeout_s * 1000)))
 
 
 def inotify() -> int:

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from weightfs import linux
 from weightfs.config import MountConfig
 from weightfs.control import ask
 
@@ -147,7 +147,7 @@ class Daemon:
             signal.pidfd_send_signal(self._fd, number)
 
     def has_ended(self, timeout_s: float = 0) -> bool:
-        return bool(select.select([self._fd], [], [], timeout_s)[0])
+        return linux.is_readable(self._fd, timeout_s)
 
     def end(self) -> str | None:
         """End it by force if needed; gives what had to be done, None when it ended by itself."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import faulthandler
 import logging
-import select
 import signal
 import socket
 import sys
 from typing import Any
 
+from weightfs import linux
 from weightfs.config import MountConfig
 from weightfs.control import error_document
 from weightfs.errors import WeightfsError
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def _first_words(link: Link) -> dict[str, Any]:
-    select.select([link], [], [])
+    linux.is_readable(link)
     message = link.receive()
     if message is None or message.words is None:
         sys.exit("the supervisor has gone")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import select
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
-from weightfs import mounts, systemd
+from weightfs import linux, mounts, systemd
 from weightfs.cli.options import Json
 from weightfs.cli.output import announce, emit, fail, human_bytes, printable, reporting, say
 from weightfs.config import MountConfig, mount_config
@@ -154,8 +153,7 @@ def _read_line(fd: int, timeout_s: float) -> bytes | None:
     said, ends = b"", time.monotonic() + timeout_s
     with open(fd, "rb", buffering=0) as pipe:
         while not said.endswith(b"\n"):
-            readable, _, _ = select.select([pipe], [], [], max(0.0, ends - time.monotonic()))
-            if not readable:
+            if not linux.is_readable(pipe, max(0.0, ends - time.monotonic())):
                 return None
             part = pipe.read(1 << 16)
             if not part:
@@ -197,7 +195,7 @@ def end(pid: int) -> bool:
     except ProcessLookupError:
         return True
     with open(supervisor, "rb", buffering=0) as handle:
-        return bool(select.select([handle], [], [], _END_S)[0])
+        return linux.is_readable(handle, _END_S)
 
 
 def find(mountpoint: str) -> mounts.Mounted:

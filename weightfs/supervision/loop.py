@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Set
 from typing import Final
 
+from weightfs import linux
+
 log = logging.getLogger(__name__)
 
 _LONGEST_S: Final = 60.0
@@ -75,7 +77,7 @@ class Loop:
 
     def is_signalled(self) -> bool:
         """Whether a signal has come that was not worked on yet."""
-        return bool(select.select([self._signals], [], [], 0)[0])
+        return linux.is_readable(self._signals, 0)
 
     def on_signals(self, numbers: Set[signal.Signals], call: Callable[[], None]) -> None:
         """Call when one of these signals has come."""
