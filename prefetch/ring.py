@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from prefetch.devices import Driver
@@ -95,6 +96,8 @@ class Lane:
     def __init__(self, driver: Driver, buffers: int, buffer_bytes: int) -> None:
         self._driver = driver
         self._buffers: list[_Buffer] = []
+        self.waited_s = 0.0
+        """How long its thread has waited for the GPU, in all."""
         self.is_lost = False
         """Whether the driver failed while it waited for copies. Then nobody knows what the GPU still reads."""
         self._stream = driver.open_stream()
@@ -121,7 +124,9 @@ class Lane:
             for job in feed:
                 buffer = self._buffers[turn]
                 turn = (turn + 1) % len(self._buffers)
+                before = time.perf_counter()
                 buffer.settle()
+                self.waited_s += time.perf_counter() - before
                 read(job, buffer.memory)
                 buffer.begin(job, self._stream)
         finally:

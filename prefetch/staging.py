@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from prefetch.devices import Driver
 from prefetch.errors import CopyCancelledError, NoDeviceError, StagingError
@@ -35,6 +35,8 @@ __all__ = [
     "shared",
 ]
 
+_THREADS: Final = 12
+
 Way = Literal["ring"]
 
 
@@ -43,12 +45,12 @@ class StagingConfig:
     """How much memory and how many threads a pool may take.
 
     Attributes:
-        threads: the most that read at once; three quarters of the processors where there are fewer.
+        threads: the most that read at once; by default 12, or three quarters of the processors where those are fewer.
         buffers: of each thread.
         buffer_bytes: of each buffer, a multiple of the page size. All of them are pinned memory: 576 MiB by default.
     """
 
-    threads: int = 12
+    threads: int | None = None
     buffers: int = 3
     buffer_bytes: int = 16 << 20
 
@@ -62,12 +64,14 @@ class Copied:
         seconds: how long it took.
         way: how they came there.
         threads: that took part.
+        waited_s: how long each of them waited for the GPU, on average; near 0 where reading is what takes so long.
     """
 
     nbytes: int
     seconds: float
     way: Way
     threads: int
+    waited_s: float
 
 
 class Staging:
@@ -89,8 +93,7 @@ class Staging:
         self._turn = threading.Lock()
         self._lanes: dict[int, Lane] = {}
         self._closed = False
-        processors = len(os.sched_getaffinity(0))
-        self._most_threads = max(1, min(self._config.threads, processors * 3 // 4))
+        self._most_threads = self._config.threads or max(1, min(_THREADS, len(os.sched_getaffinity(0)) * 3 // 4))
         driver.retain(device)
 
     def copy(self, pieces: Iterable[Piece], *, cancelled: Callable[[], bool] | None = None) -> Copied:
@@ -119,6 +122,7 @@ class Staging:
             started = time.perf_counter()
             feed = Feed(jobs, cancelled)
             threads = min(self._most_threads, len(jobs))
+            waited_s = self._waited_s()
             _together(lambda number: self._work(number, feed), threads, feed)
             if feed.error is not None:
                 raise feed.error
@@ -127,6 +131,7 @@ class Staging:
                 seconds=time.perf_counter() - started,
                 way="ring",
                 threads=threads,
+                waited_s=(self._waited_s() - waited_s) / max(threads, 1),
             )
 
     def close(self) -> None:
@@ -143,6 +148,9 @@ class Staging:
             _together(lambda _: self._give_back(), 1, feed)
             if feed.error is not None:
                 raise feed.error
+
+    def _waited_s(self) -> float:
+        return sum(lane.waited_s for lane in self._lanes.values())
 
     def _give_back(self) -> None:
         self._driver.use(self._device)

@@ -25,8 +25,7 @@ def driver() -> DriverDouble:
 
 
 @pytest.fixture
-def staging(driver: DriverDouble, monkeypatch: pytest.MonkeyPatch) -> Iterator[Staging]:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+def staging(driver: DriverDouble) -> Iterator[Staging]:
     pool = Staging(driver, config=CONFIG)
     yield pool
     pool.close()
@@ -185,3 +184,11 @@ def test_copies_of_several_threads_take_turns(staging: Staging, driver: DriverDo
         within(30, thread.join)
     assert all(driver.bytes_at(address, len(content)) == content for address in addresses)
     assert driver.most_pinned_bytes == 3 * 2 * BUFFER
+
+
+def test_few_processors_have_few_threads(driver: DriverDouble, fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    pool = Staging(driver, config=StagingConfig(buffers=2, buffer_bytes=4096))
+    assert pool.copy([Piece(fd, 0, 1 << 20, driver.device_memory(1 << 20))]).threads == 3
+    pool.close()
+    driver.check()
