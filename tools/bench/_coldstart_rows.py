@@ -86,29 +86,23 @@ _OPEN: Final = ("--no-encrypt",)
 _IMAGES: Final = ("--no-encrypt", "--plain")
 _ALONE: Final = ("--plain",)
 TECHNIQUES: Final = (
-    Technique(name="none", label="none: the bare folder"),
-    Technique(
-        name="prefetch", label="prefetch only: the bare folder filled from the start", states=("cold",), beside="fill"
-    ),
+    Technique(name="none", label="nothing: the bare folder"),
+    Technique(name="prefetch", label="prefetch only, of the bare folder", states=("cold",), beside="fill"),
     Technique(name="mount", label="mount only (--prefetch off)", source="still"),
     Technique(name="mount+prefetch", label="mount + prefetch", source="mount"),
-    Technique(
-        name="mount+warm", label="mount + weightfs warm at the start", source="mount", states=("cold",), beside="warm"
-    ),
+    Technique(name="mount+warm", label="mount + weightfs warm", source="mount", states=("cold",), beside="warm"),
     Technique(
         name="process",
-        label="process C/R only: imports restored, weights loaded",
+        label="process C/R only, weights loaded",
         server=IMPORTED,
         snapshot=_IMAGES,
         restore=_ALONE,
     ),
     Technique(name="suspend", label="CUDA checkpoint in place", states=("warm",), source="mount", in_place=True),
-    Technique(
-        name="restore criu", label="C/R + CUDA checkpoint, CRIU alone", source="mount", snapshot=_IMAGES, restore=_ALONE
-    ),
-    Technique(name="restore plain", label="C/R + CUDA checkpoint, page server", source="mount", snapshot=_IMAGES),
-    Technique(name="restore unencrypted", label="the same, deduplicated", source="mount", snapshot=_OPEN),
-    Technique(name="restore", label="the same, deduplicated and encrypted", source="mount", snapshot=()),
+    Technique(name="restore criu", label="C/R + CUDA, CRIU alone", source="mount", snapshot=_IMAGES, restore=_ALONE),
+    Technique(name="restore plain", label="C/R + CUDA, page server", source="mount", snapshot=_IMAGES),
+    Technique(name="restore unencrypted", label="C/R + CUDA, deduplicated", source="mount", snapshot=_OPEN),
+    Technique(name="restore", label="C/R + CUDA, deduplicated, encrypted", source="mount", snapshot=()),
     Technique(
         name="released criu",
         label="released weights, CRIU alone",
@@ -119,14 +113,12 @@ TECHNIQUES: Final = (
     ),
     Technique(
         name="released plain",
-        label="everything: released weights, page server",
+        label="all: released weights, page server",
         source="mount",
         server=RELEASED,
         snapshot=_IMAGES,
     ),
-    Technique(
-        name="released", label="everything, deduplicated and encrypted", source="mount", server=RELEASED, snapshot=()
-    ),
+    Technique(name="released", label="all, deduplicated, encrypted", source="mount", server=RELEASED, snapshot=()),
 )
 BY_NAME: Final = {one.name: one for one in TECHNIQUES}
 ROWS: Final = tuple(f"{one.name} {state}" for one in TECHNIQUES for state in one.states)
@@ -213,7 +205,7 @@ def restored(place: Place, technique: Technique, state: State) -> Sample:
     with clock.phase("answer a request"):
         answer = first_answer(place, said["pid"])
     sample = clock.sample(same=answer == place.answer)
-    sample.inside = dict(ask(place.port, "/phases").get("inside", {}))
+    sample.inside = dict(ask(place.port, "/phases").get("reload", {}))
     _note(place, technique, "serving", said["pid"])
     end(said["pid"])
     return sample

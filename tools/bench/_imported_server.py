@@ -3,7 +3,7 @@
     python _imported_server.py MODEL DEVICE PORT
 
 What process checkpoints give by themselves, without those of CUDA: after a restore it opens the GPU and loads the
-weights as any other. Answers as `_plain_server.py` does; `GET /phases` has as `inside` what it did after the restore.
+weights as any other. Answers as `_plain_server.py` does; `GET /phases` has as `reload` what it did after the restore.
 """
 
 import os
@@ -56,7 +56,7 @@ def main() -> None:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            answer = {"inside": inside} if self.path == "/phases" else token()
+            answer = {"reload": inside} if self.path == "/phases" else token()
             body = json.dumps(answer).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))

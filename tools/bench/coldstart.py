@@ -1,7 +1,7 @@
 """From "start this model" to its first token, by each technique alone and together, cold and warm, phase by phase.
 
     tools/gpu/run tools/bench/coldstart.py --rows "none,restore plain" --json FILE      on the GPU machine: 7.2 GB
-    python tools/bench/coldstart.py --merge FILE... --chart coldstart.svg               one table and chart of several
+    python tools/bench/coldstart.py --merge FILE... --figures tools/bench/figures       one table and chart of several
     python tools/bench/coldstart.py --device cpu --gigabytes 0.05 --rows none,mount     a trial anywhere, as root
 
 A row is a technique, or one in a state, as `mount cold` (`_coldstart_rows.py` has all of them): `cold`, nothing in
@@ -19,6 +19,7 @@ import ctypes
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any, Final
 
+from _coldstart_figure import chart, write_png
 from _coldstart_place import (
     HERE,
     Place,
@@ -37,6 +39,7 @@ from _coldstart_place import (
     mounted,
 )
 from _coldstart_rows import BY_NAME, ROWS, chosen, measure
+from _coldstart_table import by_model, others, parameters, report
 
 from checkpoint.cuda_helper import Cuda
 
@@ -54,17 +57,49 @@ def main() -> None:
     options.add_argument("--cold-rounds", type=int, default=1, help="samples of each cold row (default 1)")
     options.add_argument("--folder", default=None, help="where model and images go (default: a temp folder)")
     options.add_argument("--thp", choices=("always", "madvise", "never"), help="huge pages, for the while")
-    options.add_argument("--json", default=None, metavar="FILE", help="write everything there")
+    options.add_argument(
+        "--merge", nargs="+", default=(), metavar="FILE", help="measure nothing: join these, of --json"
+    )
+    options.add_argument("--json", default=None, metavar="FILE", help="write everything there, each sample included")
+    options.add_argument("--markdown", default=None, metavar="FILE", help="write the tables there as well")
+    options.add_argument("--figures", default=None, metavar="FOLDER", help="write a chart of each model there")
     given = options.parse_args()
     try:
         rows = chosen(given.rows)
     except ValueError as error:
         options.error(f"no such row: {error}")
-    report = run(given, rows)
+    runs = [one for path in given.merge for one in read(path)] or [run(given, rows)]
     if given.json:
         with open(given.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
-    print(json.dumps(report, indent=1))
+            json.dump({"schema": SCHEMA, "runs": runs}, file, indent=1)
+    models = by_model(runs)
+    text = "\n".join([line for ones in models.values() for line in (*report(ones), "")] + others())
+    print(text)
+    if given.markdown:
+        with open(given.markdown, "w", encoding="utf-8") as file:
+            file.write(f"{text}\n")
+    if given.figures:
+        os.makedirs(given.figures, exist_ok=True)
+        for count, ones in models.items():
+            draw(chart(ones), os.path.join(given.figures, f"coldstart-{parameters(count)}"))
+
+
+def read(path: str) -> list[dict[str, Any]]:
+    """The runs in a file of `--json`."""
+    with open(path, encoding="utf-8") as file:
+        document = json.load(file)
+    if document.get("schema") != SCHEMA:
+        raise SystemExit(f"{path}: is no document of this bench's schema {SCHEMA}")
+    found: list[dict[str, Any]] = document["runs"]
+    return found
+
+
+def draw(drawn: str, stem: str) -> None:
+    """Write a chart as SVG and, where that is possible, PNG."""
+    with open(f"{stem}.svg", "w", encoding="utf-8") as file:
+        file.write(drawn)
+    painted = write_png(drawn, f"{stem}.png")
+    print(f"{stem}.svg" + (f", {stem}.png" if painted else "; no PNG: no Chromium here"), file=sys.stderr)
 
 
 def run(given: argparse.Namespace, rows: list[str]) -> dict[str, Any]:
@@ -84,8 +119,7 @@ def run(given: argparse.Namespace, rows: list[str]) -> dict[str, Any]:
         place = Place(folder, model, mount, still, given.device, free_port(), baseline)
         samples = measure(place, rows, given.rounds, given.cold_rounds, told)
     return {
-        "schema": SCHEMA,
-        "command": " ".join(sys.argv),
+        "command": shlex.join(["tools/bench/coldstart.py", *sys.argv[1:]]),
         "machine": machine() | {"huge_pages": policy},
         "model": about,
         "snapshots": {name: place.snapshots[BY_NAME[name].stored_as] for name in BY_NAME if _stored(place, name)},
