@@ -71,8 +71,9 @@ def main() -> None:
     def document() -> dict[str, Any]:
         return {"started": STARTED, "phases": phases, "point": outcome, "reload": dict(weights.phases)}
 
-    from checkpoint import snapshot_point
     from weightfs.torch import released
+
+    from checkpoint import snapshot_point
 
     server = HTTPServer(("127.0.0.1", port), Handler)
     last = time.time()
