@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import torch
 
+from prefetch.staging import Piece
 from weightfs.errors import ShortReadError, WeightfsError
-from weightfs.torch.arena import Piece
 
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p

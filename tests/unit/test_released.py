@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import os
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -78,10 +78,9 @@ class Bench:
 
 
 @pytest.fixture(params=[1 << 30, 64 << 10], ids=["one block", "many blocks"])
-def bench(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def bench(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setattr(proof, "BLOCK_BYTES", request.param)
-    yield Bench(tmp_path)
-    gc.collect()
+    return Bench(tmp_path)
 
 
 def test_weights_leave_and_come_back_at_the_same_addresses(bench: Bench) -> None:
@@ -329,3 +328,9 @@ def test_on_a_cpu_nothing_happens_and_it_says_so(bench: Bench, caplog: pytest.Lo
     assert report.note in caplog.text
     assert bench.addresses() == before[1]
     assert movable(bench.model).nbytes == 0
+
+
+def test_the_name_is_that_of_the_function() -> None:
+    importlib.import_module("weightfs.torch.released")
+    assert getattr(importlib.import_module("weightfs.torch"), "released") is released  # noqa: B009
+    assert callable(released)

@@ -9,21 +9,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from prefetch.staging import Piece
 
 if TYPE_CHECKING:
     import torch
 
     from weightfs.torch.proof import Contents
-
-
-class Piece(NamedTuple):
-    """Bytes of an open file and the address they belong at."""
-
-    fd: int
-    offset: int
-    nbytes: int
-    address: int
 
 
 class Memory(Protocol):

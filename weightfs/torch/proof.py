@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Final
 
 from blake3 import blake3
 
+from prefetch.staging import Piece
 from weightfs.errors import IntegrityError, WeightfsError
-from weightfs.torch.arena import Arena, Memory, Piece
+from weightfs.torch.arena import Arena, Memory
 from weightfs.torch.origins import Origin, Stamp
 
 if TYPE_CHECKING:

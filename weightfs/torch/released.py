@@ -23,12 +23,13 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
 import torch
 
-from weightfs.errors import ShortReadError, UnfitError, UsageError, WeightfsError
-from weightfs.torch.arena import Memory, Piece
+from prefetch import staging
+from weightfs.errors import UnfitError, UsageError, WeightfsError
+from weightfs.torch.arena import Memory
 from weightfs.torch.origins import Origins, paths_of
 from weightfs.torch.stepping import MemoryOf, Released, step_aside
 
@@ -37,7 +38,6 @@ log = logging.getLogger(__name__)
 Weights = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 _turn = threading.Lock()
-_READ_BYTES: Final = 16 << 20
 
 
 @contextmanager
@@ -208,24 +208,16 @@ class _CudaMemory:
     def scratch(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
-    def copy(self, pieces: Sequence[Piece]) -> None:
+    def copy(self, pieces: Sequence[staging.Piece]) -> None:
         self.wait()  # what torch still does with the memory, on streams of its own
-        room = bytearray(_READ_BYTES)
-        for piece in pieces:
-            at = 0
-            while at < piece.nbytes:
-                part = memoryview(room)[: piece.nbytes - at]
-                count = os.preadv(piece.fd, [part], piece.offset + at)
-                if not count:
-                    raise ShortReadError(f"ends at byte {piece.offset + at}")
-                self._call("cuMemcpyHtoD", piece.address + at, room, count)
-                at += count
+        staging.shared(self._index).copy(pieces)
 
     def wait(self) -> None:
         torch.cuda.synchronize(self._device)
 
     def settle(self) -> int:
         self.wait()
+        staging.close_shared()  # a snapshot would hold what is pinned
         torch.cuda.empty_cache()
         return int(torch.cuda.memory_reserved(self._device))
 
