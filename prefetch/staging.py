@@ -143,6 +143,7 @@ class Staging:
             try:
                 copied = self._copy(pieces, self._way, cancelled)
             except RefusedError as error:
+                sources.check()  # pages of a file that has ended can't be pinned either
                 log.info("the driver pins no mapped files here, buffers are used: %s", error)
                 self._way = "ring"
                 copied = self._copy(pieces, self._way, cancelled)
