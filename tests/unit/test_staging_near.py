@@ -32,12 +32,12 @@ def near(machine: Path) -> frozenset[int] | None:
 
 
 def test_the_processors_of_its_node(machine: Path) -> None:
-    assert near(machine) == {4, 5, 6, 7}
+    assert near(machine) == frozenset({4, 5, 6, 7})
 
 
 def test_only_those_that_may_be_used(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 4})
-    assert near(machine) == {4}
+    assert near(machine) == frozenset({4})
 
 
 @pytest.mark.parametrize("allowed", [{0, 1}, {4, 5}])
