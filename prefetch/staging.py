@@ -19,10 +19,12 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from prefetch.devices import Driver
+from prefetch.direct import Reads
 from prefetch.errors import CopyCancelledError, NoDeviceError, StagingError
 from prefetch.feed import Feed, together
-from prefetch.pieces import Job, Piece, jobs_of
-from prefetch.reading import Sources, fill
+from prefetch.near import processors_near, stay_near
+from prefetch.pieces import Piece, jobs_of
+from prefetch.reading import Sources
 from prefetch.ring import RingLane
 from prefetch.windows import RefusedError, Retirement, WindowLane
 
@@ -76,6 +78,7 @@ class Copied:
         seconds: how long it took.
         way: how they came there.
         threads: that took part.
+        past_cache_bytes: how much was read past the page cache.
         waited_s: how long each of them waited for a buffer that the GPU still read, on average; near 0 where reading is
             what takes so long.
     """
@@ -84,6 +87,7 @@ class Copied:
     seconds: float
     way: Way
     threads: int
+    past_cache_bytes: int
     waited_s: float
 
 
@@ -108,13 +112,17 @@ class Staging:
         self._windows: dict[int, WindowLane] = {}
         self._retirement = Retirement(driver, device)
         self._closed = False
-        self._ring_threads = self._config.threads or max(1, min(_RING_THREADS, len(os.sched_getaffinity(0)) * 3 // 4))
         driver.retain(device)
+        self._near = processors_near(driver.pci_address(device))
+        processors = len(os.sched_getaffinity(0) if self._near is None else self._near)
+        self._ring_threads = self._config.threads or max(1, min(_RING_THREADS, processors * 3 // 4))
         self._way: Way = self._config.way or "ring"
         if self._way == "windows" and not driver.can_register(device):
             self._way = "ring"
 
-    def copy(self, pieces: Iterable[Piece], *, cancelled: Callable[[], bool] | None = None) -> Copied:
+    def copy(
+        self, pieces: Iterable[Piece], *, cancelled: Callable[[], bool] | None = None, past_cache: bool = True
+    ) -> Copied:
         """Copy bytes of files to the device; returns once all of them are there, and begins them in their order.
 
         The memory at the pieces' addresses must be ready: whoever has work of the GPU under way that still uses it, as
@@ -123,6 +131,8 @@ class Staging:
         Args:
             pieces: what goes where.
             cancelled: asked before each read, in any thread; once it says yes the copy ends, some of it done.
+            past_cache: read what is not in memory past the page cache, which is faster and leaves it as it was. False
+                is for files that somebody reads into it right now, which would be read twice.
 
         Raises:
             ShortReadError: a file ends before a piece of it does.
@@ -138,16 +148,19 @@ class Staging:
                 raise StagingError("the pool is closed")
             if any(lane.is_lost for lane in self._lanes()):
                 raise StagingError("the GPU failed in an earlier copy", mend="start the process anew; nvidia-smi")
-            sources = Sources(pieces)
             started = time.perf_counter()
-            try:
-                copied = self._copy(pieces, self._way, cancelled)
-            except RefusedError as error:
-                log.info("the driver pins no mapped files here, buffers are used: %s", error)
-                self._way = "ring"
-                copied = self._copy(pieces, self._way, cancelled)
-            finally:
-                self._retirement.begin()
+            sources = Sources(pieces)
+            with Reads(pieces, past_cache=past_cache) as reads:
+                way = self._way if reads.all_resident else "ring"
+                try:
+                    copied = self._copy(pieces, way, reads, cancelled)
+                except RefusedError as error:
+                    sources.check()  # pages of a file that has ended can't be pinned either
+                    log.info("the driver pins no mapped files here, buffers are used: %s", error)
+                    self._way = "ring"
+                    copied = self._copy(pieces, "ring", reads, cancelled)
+                finally:
+                    self._retirement.begin()
             sources.check()
             return replace(copied, seconds=time.perf_counter() - started)
 
@@ -167,13 +180,13 @@ class Staging:
             if feed.error is not None:
                 raise feed.error
 
-    def _copy(self, pieces: list[Piece], way: Way, cancelled: Callable[[], bool] | None) -> Copied:
+    def _copy(self, pieces: list[Piece], way: Way, reads: Reads, cancelled: Callable[[], bool] | None) -> Copied:
         config = self._config
         jobs = jobs_of(pieces, config.buffer_bytes if way == "ring" else config.window_bytes)
         threads = min(self._ring_threads if way == "ring" else config.window_threads, len(jobs))
         feed = Feed(jobs, cancelled)
         waited_s = self._waited_s()
-        together(lambda number: self._work(way, number, feed), threads, feed)
+        together(lambda number: self._work(way, number, feed, reads), threads, feed)
         if feed.error is not None:
             raise feed.error
         return Copied(
@@ -181,17 +194,19 @@ class Staging:
             seconds=0,
             way=way,
             threads=threads,
+            past_cache_bytes=reads.past_cache_bytes,
             waited_s=(self._waited_s() - waited_s) / max(threads, 1),
         )
 
-    def _work(self, way: Way, number: int, feed: Feed) -> None:
+    def _work(self, way: Way, number: int, feed: Feed, reads: Reads) -> None:
         """What each thread of a copy does. Its lane is its own work, too: memory is pinned by all of them at once."""
+        stay_near(self._near)
         self._driver.use(self._device)
         if way == "ring":
             ring = self._ring.get(number)
             if ring is None:
                 ring = self._ring[number] = RingLane(self._driver, self._config.buffers, self._config.buffer_bytes)
-            ring.run(feed, _read)
+            ring.run(feed, reads.read)
         else:
             windows = self._windows.get(number)
             if windows is None:
@@ -213,10 +228,6 @@ class Staging:
             self._ring.clear()
             self._windows.clear()
             self._driver.release(self._device)
-
-
-def _read(job: Job, memory: memoryview) -> None:
-    fill(job.fd, memory[: job.nbytes], job.offset)
 
 
 _shared: dict[int, Staging] = {}
