@@ -1,0 +1,29 @@
+"""Weights as torch tensors: drop-in for `safetensors.torch`, and to a GPU at the speed of its bus.
+
+Needs `weightfs[torch]`. What is here is imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from weightfs.torch.loader import Blocks as Blocks
+    from weightfs.torch.loader import load_file as load_file
+    from weightfs.torch.loader import load_files as load_files
+    from weightfs.torch.loader import load_gguf as load_gguf
+
+_ROOMS: Final = {
+    "Blocks": "loader",
+    "load_file": "loader",
+    "load_files": "loader",
+    "load_gguf": "loader",
+}
+__all__ = ["Blocks", "load_file", "load_files", "load_gguf"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
