@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from weightfs.torch.loader import load_file as load_file
     from weightfs.torch.loader import load_files as load_files
     from weightfs.torch.loader import load_gguf as load_gguf
+    from weightfs.torch.opened import safe_open as safe_open
 
 _ROOMS: Final = {
     "Blocks": "loader",
     "load_file": "loader",
     "load_files": "loader",
     "load_gguf": "loader",
+    "safe_open": "opened",
 }
-__all__ = ["Blocks", "load_file", "load_files", "load_gguf"]
+__all__ = ["Blocks", "load_file", "load_files", "load_gguf", "safe_open"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
     NoSuchTensorError      the file has no tensor of that name
     ClosedFileError        the file was closed before
+    UnknownChoiceError     a framework or backend that there is none of
     NotInTorchError        torch has no dtype for the tensor, or no way to hold its byte order
 
 A header that does not describe its file is `BadHeaderError`, a `FormatError`; a file that can't be opened is OSError.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from weightfs.errors import FormatError, WeightfsError
+from weightfs.errors import FormatError, UsageError, WeightfsError
 
 if TYPE_CHECKING:
     SafetensorError: Any = Exception
@@ -29,6 +30,10 @@ class ClosedFileError(WeightfsError, SafetensorError):  # type: ignore[misc]
     """The file was closed before it was asked for something."""
 
     code = "closed"
+
+
+class UnknownChoiceError(UsageError, SafetensorError):  # type: ignore[misc]
+    """A framework or backend that there is none of."""
 
 
 class NotInTorchError(WeightfsError, SafetensorError):  # type: ignore[misc]
