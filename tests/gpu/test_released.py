@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("torch", reason="this machine lacks torch")
 pytest.importorskip("safetensors", reason="this machine lacks safetensors")
 
+from checkpoint.cuda_helper import absence
 from tests.helpers.mounting import wait_until
 from tests.helpers.released_life import Life
 from tests.helpers.served import Commands
@@ -30,6 +31,8 @@ SLACK_BYTES = 64 << 20
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, int]:
     """Path and size. Written by a process of its own, which takes its CUDA context with it."""
+    if lacking := absence():
+        pytest.skip(f"this machine lacks a GPU: {lacking}")
     path = str(tmp_path_factory.mktemp("weights") / "model.safetensors")
     program = (
         "import sys; from tests.helpers.released_child import write_weights;"
