@@ -169,6 +169,36 @@ def test_names_may_differ_by_a_prefix(bench: Bench) -> None:
     assert report.kept == {"scale": 20}
 
 
+def test_tensors_joined_of_several_are_found_by_their_bytes(bench: Bench) -> None:
+    for number in range(2):
+        os.unlink(bench.shard(number))
+    names = [f"layers.0.experts.{expert}.{one}.weight" for expert in range(4) for one in ("w1", "w2", "w3")]
+    content = {name: torch.randn(128, 256) for name in names}
+    save_file(content, bench.folder / "model.safetensors")
+    model = torch.nn.Module()
+    pairs = [torch.cat([content[names[at]], content[names[at + 2]]]) for at in range(0, 12, 3)]
+    model.gate_up = torch.nn.Parameter(torch.stack(pairs))
+    model.down = torch.nn.Parameter(torch.stack([content[name] for name in names[1::3]]))
+    model.transposed = torch.nn.Parameter(content[names[0]].T.contiguous())
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    for _ in range(2):
+        with _released(model, bench.folder, lambda _: bench.memory) as report:
+            bench.memory.pieces.clear()
+        assert report.kept == {"transposed": 128 * 256 * 4}
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
+    assert [piece.offset for piece in bench.memory.pieces] == sorted(piece.offset for piece in bench.memory.pieces)
+
+
+def test_parameters_made_in_inference_mode(bench: Bench) -> None:
+    with torch.inference_mode():
+        bench.model = Model()
+    assert bench.model.odd.is_inference()
+    before = bench.answer()
+    with bench.released(()):
+        pass
+    assert torch.equal(bench.answer(), before)
+
+
 def test_an_exception_in_the_block_brings_them_back(bench: Bench) -> None:
     before = bench.answer()
     with pytest.raises(KeyError), bench.released():

@@ -73,6 +73,10 @@ class Origins:
                 for ending in _endings(tensor.name):
                     self._ending.setdefault(ending, []).append(tensor.name)
 
+    def __iter__(self) -> Iterator[Origin]:
+        """All, in the order of the files."""
+        return iter(self._named.values())
+
     def find(self, names: Sequence[str], nbytes: int) -> Origin | None:
         """The tensor of that many bytes with one of the names, or with the name that shares the longest ending.
 

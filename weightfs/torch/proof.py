@@ -130,8 +130,7 @@ def prove(memory: Memory, lots: Sequence[Lot], nbytes: int, stamps: Mapping[str,
             room = scratch[: min(BLOCK_BYTES, nbytes - block)]
             room.zero_()
             parts = list(_within(lots, block, block + room.numel()))
-            claimed = _joined(part for part, _ in parts if part.path is not None)
-            memory.copy(files.pieces(claimed, room.data_ptr() - block))
+            memory.copy(files.pieces(_joined(part for part, _ in parts), room.data_ptr() - block))
             for part, lot in parts:
                 here = room[part.begin - block :][: part.nbytes]
                 live = lot.live[part.begin - lot.begin :][: part.nbytes]
@@ -179,7 +178,7 @@ def fill(memory: Memory, arena: Arena, contents: Contents, kept: Sequence[torch.
     for span, content in zip(contents.kept, kept, strict=True):
         whole[span.begin :][: span.nbytes].copy_(content)
     with _Files() as files:
-        memory.copy(files.pieces((span for span in contents.spans if span.path is not None), arena.address, contents))
+        memory.copy(files.pieces(contents.spans, arena.address, contents))
 
 
 def holds(arena: Arena, contents: Contents) -> bool:
@@ -253,11 +252,14 @@ class _Files(ExitStack):
         self._fds: dict[str, int] = {}
 
     def pieces(self, spans: Iterable[Span], address: int, known: Contents | None = None) -> list[Piece]:
-        pieces = []
-        for span in spans:
-            assert span.path is not None
-            pieces.append(Piece(self._fd(span.path, known), span.offset, span.nbytes, address + span.begin))
-        return pieces
+        """Pieces of the spans that have a file, in the order of the files, so that each is read from its start on."""
+        pieces = [
+            Piece(self._fd(span.path, known), span.offset, span.nbytes, address + span.begin)
+            for span in spans
+            if span.path is not None
+        ]
+        ranks = {fd: rank for rank, fd in enumerate(self._fds.values())}
+        return sorted(pieces, key=lambda piece: (ranks[piece.fd], piece.offset))
 
     def _fd(self, path: str, known: Contents | None) -> int:
         if path not in self._fds:

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from weightfs.errors import UsageError
 from weightfs.torch.arena import Arena, Memory, arenas
+from weightfs.torch.fused import LEAST_BYTES, parts_of
 from weightfs.torch.origins import Origin, Origins, Stamp
 from weightfs.torch.proof import ALIGNMENT, Contents, Lot, check, fill, holds, keep, prove
 
@@ -58,7 +59,7 @@ class Released:
 class _Tenant:
     """A tensor of the modules: where in its storage it lies."""
 
-    __slots__ = ("names", "offset", "shape", "stride", "tensor", "view")
+    __slots__ = ("_mode", "names", "offset", "shape", "stride", "tensor", "view")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.names: list[str] = []
@@ -67,44 +68,44 @@ class _Tenant:
         self.offset = tensor.storage_offset()
         self.shape = tensor.shape
         self.stride = tensor.stride()
+        # A tensor made in inference mode can hold only what was made in it, and the reverse.
+        self._mode = torch.inference_mode(tensor.is_inference())
+
+    def place(self, storage: torch.UntypedStorage) -> None:
+        """Have it lie in another storage when it comes back."""
+        with self._mode:
+            empty = torch.empty(0, dtype=self.tensor.dtype, device=self.tensor.device)
+            self.view = empty.set_(storage, self.offset, self.shape, self.stride)
+
+    def leave(self) -> None:
+        """Have no elements."""
+        with self._mode:
+            self.view = self.tensor.data
+            self.tensor.data = torch.empty(0, dtype=self.tensor.dtype, device=self.tensor.device)
+
+    def come_back(self) -> None:
+        """Be what it was."""
+        assert self.view is not None
+        with self._mode:
+            self.tensor.data = self.view
+        self.view = None
 
 
 class _Stock:
     """A storage, with the tensors in it."""
 
-    __slots__ = ("live", "nbytes", "tenants")
+    __slots__ = ("claims", "live", "nbytes", "tenants")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         self.live = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
         self.nbytes = storage.nbytes()
         self.tenants: list[_Tenant] = []
+        self.claims: tuple[tuple[int, Origin], ...] = ()
 
     @property
     def name(self) -> str:
         return self.tenants[0].names[0]
-
-    def place(self, live: torch.Tensor) -> None:
-        """Have the tensors lie in another storage when they come back."""
-        self.live = live
-        for tenant in self.tenants:
-            empty = torch.empty(0, dtype=tenant.tensor.dtype, device=tenant.tensor.device)
-            tenant.view = empty.set_(live.untyped_storage(), tenant.offset, tenant.shape, tenant.stride)
-
-    def claims(self, origins: Origins) -> tuple[tuple[int, Origin], ...]:
-        found: list[tuple[int, Origin]] = []
-        for tenant in self.tenants:
-            item = tenant.tensor.element_size()
-            if not tenant.tensor.is_contiguous():
-                continue
-            origin = origins.find(tenant.names, tenant.tensor.numel() * item)
-            if origin is not None:
-                found.append((tenant.offset * item, origin))
-        claims: list[tuple[int, Origin]] = []
-        for begin, origin in sorted(found, key=lambda row: row[0]):
-            if not claims or begin >= claims[-1][0] + claims[-1][1].nbytes:
-                claims.append((begin, origin))
-        return tuple(claims)
 
 
 class Aside:
@@ -124,7 +125,7 @@ class Aside:
         self._memory = memory
         self._arena = arena
         self._stocks = stocks
-        lots = [Lot(begin=begin, live=one.live, claims=one.claims(origins)) for begin, one in sorted(stocks.items())]
+        lots = [Lot(begin=begin, live=one.live, claims=one.claims) for begin, one in sorted(stocks.items())]
         known = arena.contents
         if known is None or not _is_current(known, origins) or not holds(arena, known):
             known = prove(memory, lots, arena.nbytes, origins.stamps)
@@ -149,8 +150,9 @@ class Aside:
         former: list[tuple[str, StorageWeakRef]] = []
         for stock in self._stocks.values():
             for tenant in stock.tenants:
-                tenant.view = None if is_new else tenant.tensor.data
-                tenant.tensor.data = tenant.tensor.new_empty(0)
+                tenant.leave()
+                if is_new:
+                    tenant.view = None
             if is_new:
                 former.append((stock.name, StorageWeakRef(stock.live.untyped_storage())))
                 del stock.live
@@ -159,7 +161,9 @@ class Aside:
             self._memory.settle()
             self._arena.map()  # now, so that it is known to succeed before a snapshot counts on it
             for begin, stock in self._stocks.items():
-                stock.place(self._arena.region(begin, stock.nbytes))
+                stock.live = self._arena.region(begin, stock.nbytes)
+                for tenant in stock.tenants:
+                    tenant.place(stock.live.untyped_storage())
         self._arena.unmap()
         report.torch_bytes += self._memory.settle()
 
@@ -183,8 +187,7 @@ class Aside:
         with report.phase("place"):
             for stock in self._stocks.values():
                 for tenant in stock.tenants:
-                    assert tenant.view is not None
-                    tenant.tensor.data = tenant.view
+                    tenant.come_back()
         self._arena.contents = self._contents
 
 
@@ -206,10 +209,10 @@ def step_aside(
         WeightfsError: a file can't be read, or a GPU is too full.
     """
     with report.phase("prove"):
-        asides = [
-            _aside(memory, arena, stocks, origins)
-            for (memory, arena), stocks in _grouped(modules, memory_of, report).items()
-        ]
+        groups = _grouped(modules, memory_of, report)
+        _claim([stock for stocks in groups.values() for stock in stocks], origins)
+        asides = [_aside(memory, arena, stocks, origins) for (memory, arena), stocks in groups.items()]
+        del groups
         for aside in asides:
             aside.count(report)
     with report.phase("drop"):
@@ -225,7 +228,7 @@ def _aside(memory: Memory, arena: Arena | None, stocks: list[_Stock], origins: O
                 f"the weights would move, and {graphs} CUDA graphs of this process may hold the addresses they have",
                 mend="call weightfs.torch.movable(model) before graphs are captured",
             )
-        begins, nbytes = _layout(stocks, origins)
+        begins, nbytes = _layout(stocks)
         return Aside(memory, Arena(memory, nbytes), begins, origins)
     begins = {stock.live.data_ptr() - arena.address: stock for stock in stocks}
     if arena.begins() - begins.keys():
@@ -233,12 +236,12 @@ def _aside(memory: Memory, arena: Arena | None, stocks: list[_Stock], origins: O
     return Aside(memory, arena, begins, origins)
 
 
-def _layout(stocks: Iterable[_Stock], origins: Origins) -> tuple[dict[int, _Stock], int]:
+def _layout(stocks: Iterable[_Stock]) -> tuple[dict[int, _Stock], int]:
     """Where each will lie, in the order of the files, so that runs of a file become runs of memory; and the end."""
 
     def place(stock: _Stock) -> tuple[bool, int, int]:
-        claims = stock.claims(origins)
-        return (False, claims[0][1].rank, claims[0][1].offset) if claims else (True, 0, 0)
+        first = stock.claims[0][1] if stock.claims else None
+        return (False, first.rank, first.offset) if first else (True, 0, 0)
 
     begins = {}
     end = 0
@@ -246,6 +249,33 @@ def _layout(stocks: Iterable[_Stock], origins: Origins) -> tuple[dict[int, _Stoc
         begins[end] = stock
         end += -(-stock.nbytes // ALIGNMENT) * ALIGNMENT
     return begins, end
+
+
+def _claim(stocks: Sequence[_Stock], origins: Origins) -> None:
+    """Say of each storage what of it may have come from where: by the names of its tensors, else by their bytes."""
+    found: dict[_Stock, list[tuple[int, Origin]]] = {stock: [] for stock in stocks}
+    others: list[tuple[_Stock, int, torch.Tensor]] = []
+    taken: set[Origin] = set()
+    for stock in stocks:
+        for tenant in stock.tenants:
+            begin, nbytes = tenant.offset * tenant.tensor.element_size(), tenant.tensor.nbytes
+            if not tenant.tensor.is_contiguous():
+                continue
+            if origin := origins.find(tenant.names, nbytes):
+                found[stock].append((begin, origin))
+                taken.add(origin)
+            elif nbytes >= LEAST_BYTES:
+                others.append((stock, begin, stock.live[begin : begin + nbytes]))
+    untaken = [origin for origin in origins if origin not in taken]
+    if others and untaken:
+        for (stock, begin, _), parts in zip(others, parts_of([one for *_, one in others], untaken), strict=True):
+            found[stock] += [(begin + at, origin) for at, origin in parts]
+    for stock, claims in found.items():
+        kept: list[tuple[int, Origin]] = []
+        for at, origin in sorted(claims, key=lambda claim: claim[0]):
+            if not kept or at >= kept[-1][0] + kept[-1][1].nbytes:
+                kept.append((at, origin))
+        stock.claims = tuple(kept)
 
 
 def _grouped(
