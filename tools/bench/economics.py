@@ -282,7 +282,7 @@ def main() -> None:
     options.add_argument("--service-s", type=float, default=8.0, help="mean of a request's service (default 8)")
     options.add_argument("--goal-s", type=float, default=1.0, help="longest wait for a ready instance (default 1)")
     options.add_argument("--late", type=float, default=0.01, help="share that may wait longer (default 0.01)")
-    options.add_argument("--days", type=float, default=2.0, help="simulated (default 2)")
+    options.add_argument("--days", type=float, default=4.0, help="simulated (default 4)")
     options.add_argument("--seed", type=int, default=1)
     options.add_argument("--price", type=float, default=2.0, help="dollars a GPU hour (default 2)")
     options.add_argument("--tokens-per-second", type=float, default=2000.0, help="of a serving GPU (default 2000)")
