@@ -15,6 +15,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import _chart
 import _claims
 import _coldstart_figure
+import _coldstart_many
 import _coldstart_rows
 import _coldstart_table as table
 
@@ -38,6 +39,8 @@ def run(
             "huge_pages": "madvise",
         },
         "model": {"parameters": parameters, "nbytes": 2 * parameters},
+        "many": [],
+        "mount_bytes": 40_000_000,
         "snapshots": {"released plain": {"stored": 1.8e9}},
         "held": {"none": {"serving": {"gpu_bytes": 15e9}, "idle": {"gpu_bytes": 0, "host_bytes": 0}}},
         "rows": [
@@ -118,6 +121,23 @@ def test_stages_add_up_and_a_reload_is_taken_out_of_the_answer() -> None:
     assert stages["token"] == pytest.approx(0.05)
     assert set(stages) == set(table.STAGES)
     assert len(table.STAGES) == len(_chart.COLOURS)
+
+
+def test_percentiles_are_values_that_were_seen() -> None:
+    values = [float(one) for one in range(1, 101)]
+    assert _coldstart_many.percentile(values, 0.99) == 99.0
+    assert _coldstart_many.percentile(values, 0.5) == 50.0
+    assert _coldstart_many.percentile([3.0, 1.0], 0.99) == 3.0
+    assert _coldstart_many.percentile([3.0], 0.01) == 3.0
+
+
+def test_many_restores_count_their_failures() -> None:
+    good = {"technique": "released", "at_once": 1, "totals_s": [1.0, 2.0, 3.0], "all_s": None, "failures": []}
+    bad = good | {"at_once": 4, "all_s": 9.0, "failures": ["port 7: status 75, busy"]}
+    said = table.report([run({}, many=[good, bad])])
+    assert "| `released`, 3 in a row | 3 | 2.00 | 3.00 | 3.00 | 0 |" in said
+    assert "| `released`, 4 at once | 3 | 2.00 | 3.00 | 3.00 | 1: port 7: status 75, busy |" in said
+    assert not [line for line in said if line.startswith("| technique")]
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ HUGE_PAGES: Final = "/sys/kernel/mm/transparent_hugepage/enabled"
 _STILL_THERE: Final = 0.01
 """Of the files that a cold start reads, the most that may be in memory before it."""
 _LOOK_S: Final = 0.002
+_KEPT: Final = "place.json"
 
 
 @dataclass
@@ -102,6 +103,17 @@ class Place:
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(os.urandom(32))
         return path
+
+    def remember(self) -> None:
+        """Write down what a later run in this folder needs, to use the snapshots that are there."""
+        with open(os.path.join(self.folder, _KEPT), "w", encoding="utf-8") as file:
+            json.dump({"port": self.port, "answer": self.answer, "snapshots": self.snapshots}, file)
+
+    def recall(self) -> None:
+        """Take up what an earlier run wrote down, if one did: its servers' port, their answer, its snapshots."""
+        with suppress(FileNotFoundError), open(os.path.join(self.folder, _KEPT), encoding="utf-8") as file:
+            kept = json.load(file)
+            self.port, self.answer, self.snapshots = kept["port"], kept["answer"], kept["snapshots"]
 
     @property
     def log(self) -> str:
@@ -187,7 +199,7 @@ class Held:
 def held(place: Place, pid: int | None) -> Held:
     """What a server holds now; of one that is gone (None), what is left of it on the GPUs."""
     pids = [] if pid is None else [one.pid for one in tree_of(pid)]
-    host = sum(_pss(each) for each in pids)
+    host = host_bytes(pids)
     try:
         devices = Nvml().devices()
     except CudaError:
@@ -203,6 +215,11 @@ def gpu_bytes_in_use() -> int | None:
         return sum(one.total_bytes - one.free_bytes for one in Nvml().devices())
     except CudaError:
         return None
+
+
+def host_bytes(pids: Sequence[int]) -> int:
+    """Proportional share of these processes' memory (PSS)."""
+    return sum(_pss(each) for each in pids)
 
 
 def _pss(pid: int) -> int:
@@ -249,13 +266,17 @@ def _files(folders: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def mounted(source: str, mountpoint: str, state: str, *options: str) -> Iterator[None]:
-    """A mount, for the while. What will be opened is not foretold: each sample is to begin with the same."""
+def mounted(source: str, mountpoint: str, state: str, *options: str) -> Iterator[tuple[int, int]]:
+    """A mount, for the while; gives the pids of its supervisor and its daemon.
+
+    What will be opened is not foretold there: each sample is to begin with the same.
+    """
     os.makedirs(mountpoint, exist_ok=True)
-    command = [WEIGHTFS, "mount", source, mountpoint, "--state-dir", state, "--predict", "off", *options]
-    subprocess.run(command, check=True, stdout=sys.stderr, timeout=60)
+    command = [WEIGHTFS, "mount", source, mountpoint, "--state-dir", state, "--predict", "off", "--json", *options]
+    done = subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60)
+    said = json.loads(done.stdout)
     try:
-        yield
+        yield said["supervisor_pid"], said["daemon_pid"]
     finally:
         subprocess.run([WEIGHTFS, "umount", "--lazy", mountpoint], check=True, stdout=sys.stderr)
 

@@ -7,6 +7,7 @@ libraries, which mincore(2) confirms of the files that matter; the mount's daemo
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -293,6 +294,7 @@ def snapshot(place: Place, technique: Technique) -> Sample:
         end(server.pid)
     clock.phases = {name: float(seconds) for name, seconds in said["phases"].items()}
     place.snapshots[technique.stored_as] = said["bytes"]
+    place.remember()
     _note(place, technique, "idle", None)
     return clock.sample(same=True)
 
@@ -311,22 +313,40 @@ def snapshot_command(place: Place, technique: Technique, command: str, *argument
 
 def snapshot_attempt(place: Place, technique: Technique, command: str, *arguments: str) -> tuple[int, dict[str, Any]]:
     """The same, failed or not: its status, and what it says."""
-    encryption = _OPEN if "--no-encrypt" in (technique.snapshot or ()) else ("--key-file", place.key())
-    argv = [WEIGHTFS, "snapshot", command, "server", "--store", store_of(place, technique), *encryption, "--json"]
-    done = subprocess.run(
-        [*argv, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=2 * _MOVE_S, check=False
-    )
+    argv = snapshot_argv(place, technique, command, *arguments)
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=2 * _MOVE_S, check=False)
     said: dict[str, Any] = json.loads(done.stdout or "{}")
     return done.returncode, said
+
+
+def snapshot_argv(place: Place, technique: Technique, command: str, *arguments: str) -> list[str]:
+    """The command line of `weightfs snapshot COMMAND` for its snapshot."""
+    encryption = _OPEN if "--no-encrypt" in (technique.snapshot or ()) else ("--key-file", place.key())
+    store = store_of(place, technique)
+    return [WEIGHTFS, "snapshot", command, "server", "--store", store, *encryption, "--json", *arguments]
 
 
 # All rows
 
 
 def measure(
-    place: Place, rows: Iterable[str], rounds: int, cold_rounds: int, told: Callable[[str, Sample], Sample]
+    place: Place,
+    rows: Iterable[str],
+    rounds: int,
+    cold_rounds: int,
+    told: Callable[[str, Sample], Sample],
+    until: float | None = None,
 ) -> dict[str, list[Sample]]:
-    """Samples of each row. Warm rows take turns, so that whatever else the machine does meets all of them."""
+    """Samples of each row. Rows take turns, so that whatever else the machine does meets all of them.
+
+    Args:
+        place: where.
+        rows: which.
+        rounds: samples of each warm row.
+        cold_rounds: of each cold one.
+        told: is told of each sample.
+        until: no sample is begun after that (monotonic); rows may then have fewer, or none.
+    """
     samples: dict[str, list[Sample]] = {}
     pairs = [(row, *split(row)) for row in rows]
 
@@ -335,10 +355,8 @@ def measure(
 
     # So that the first row does not pay for what is made once after an installation, such as byte code.
     told("(first of all)", started(place, BY_NAME["none"], "warm"))
-    made = set()
-    for _, technique, _ in pairs:
-        if technique.snapshot is not None and technique.stored_as not in made:
-            made.add(technique.stored_as)
+    for technique in dict.fromkeys(each for _, each, _ in pairs):
+        if technique.snapshot is not None and technique.stored_as not in place.snapshots:
             take(f"(snapshot for {technique.name})", snapshot(place, technique))
     for row, technique, _ in pairs:
         if technique.in_place:
@@ -347,7 +365,7 @@ def measure(
     for state, count in (("cold", cold_rounds), ("warm", rounds)):
         for _ in range(count):
             for row, technique, wanted in pairs:
-                if wanted == state and not technique.in_place:
+                if wanted == state and not technique.in_place and time.monotonic() < (until or math.inf):
                     once = started if technique.snapshot is None else restored
                     take(row, once(place, technique, wanted))
     return samples

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from _claims import ARTICLE, CLAIMS, MARK, OTHERS, Claim
+from _coldstart_many import described
 from _coldstart_rows import TECHNIQUES
 
 Runs = Sequence[Mapping[str, Any]]
@@ -166,7 +167,7 @@ def headline(runs: Runs) -> list[str]:
     found = lines(runs)
     best = next((name for name in BEST if f"{name} warm" in found), None)
     if best is None:
-        return ["Nothing was restored warm: no headline."]
+        return ["nothing was restored warm, so there is no headline"]
     fast = found[f"{best} warm"]
     said = [f"`{best} warm`: {seconds(fast.median_s)} s to the first token"]
     for state in ("cold", "warm"):
@@ -249,18 +250,25 @@ def report(runs: Runs) -> list[str]:
     """All of one model, in Markdown."""
     model = runs[0]["model"]
     name, nbytes = parameters(model["parameters"]), model["nbytes"] / 1e9
+    many = described([one for run in runs for one in run["many"]])
+    title = [f"## Cold start to first token: {name}, {nbytes:.1f} GB of weights", ""]
+    if not lines(runs):
+        return [*title, *many, "", *where(runs)]
+    daemon = _last(run["mount_bytes"] for run in runs)
     return [
-        f"## Cold start to first token: {name}, {nbytes:.1f} GB of weights",
-        "",
-        "; ".join(headline(runs)) + ".",
+        *title,
+        f"{'; '.join(headline(runs))}.",
         "",
         *table(runs),
         "",
-        f"Median (lowest to highest, samples). cold: nothing in memory; warm: everything that can be. Ratios are to "
+        "Median (lowest to highest, samples). cold: nothing in memory; warm: everything that can be. Ratios are to "
         f"`{BASE}`, of the states named, within one machine's boot (~: of different ones). A process that is gone "
-        f"holds 0; `suspend` stays. Article: {ARTICLE}; it does not say what was in memory.",
+        f"holds 0; `suspend` stays. A mount's daemon holds {gigabytes(daemon)} GB of the host's. "
+        f"Article: {ARTICLE}; it does not say what was in memory.",
         "",
         *phases(runs),
+        "",
+        *many,
         "",
         *where(runs),
     ]
