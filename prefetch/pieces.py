@@ -88,3 +88,18 @@ def jobs_of(pieces: Iterable[Piece], job_bytes: int) -> list[Job]:
     if spans:
         jobs.append(Job(fd, start, end - start, tuple(spans)))
     return jobs
+
+
+def split(pieces: Iterable[Piece], nbytes: int) -> tuple[list[Piece], list[Piece]]:
+    """The first `nbytes` bytes of pieces, or all there are, and the rest."""
+    head: list[Piece] = []
+    tail: list[Piece] = []
+    for piece in pieces:
+        taken = min(piece.nbytes, nbytes)
+        nbytes -= taken
+        if taken:
+            head.append(piece._replace(nbytes=taken))
+        if taken < piece.nbytes:
+            fd, offset, whole, address = piece
+            tail.append(Piece(fd, offset + taken, whole - taken, address + taken))
+    return head, tail

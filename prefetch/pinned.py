@@ -47,13 +47,13 @@ class Driver:
 
     def __init__(self) -> None:
         try:
-            from cuda.bindings import driver
-        except ImportError as error:
-            raise NoDeviceError("the Python package cuda-bindings is not installed", mend=_MEND_BINDINGS) from error
-        try:
             library = ctypes.CDLL(_LIBRARY)
         except OSError as error:
             raise NoDeviceError(f"no Nvidia driver: {_LIBRARY} is not there", mend=_MEND_DRIVER) from error
+        try:
+            from cuda.bindings import driver
+        except ImportError as error:
+            raise NoDeviceError("the Python package cuda-bindings is not installed", mend=_MEND_BINDINGS) from error
         self._driver: Any = driver
         self._waiting: dict[str, Any] = {}
         for name, arguments in _WAITING.items():
@@ -105,6 +105,14 @@ class Driver:
     def free(self, address: int) -> None:
         """See `prefetch.devices.Driver`."""
         self._wait("cuMemFreeHost", address)
+
+    def allocate_device(self, nbytes: int) -> int:
+        """See `prefetch.devices.Driver`."""
+        return int(self._call("cuMemAlloc", nbytes))
+
+    def free_device(self, address: int) -> None:
+        """See `prefetch.devices.Driver`."""
+        self._call("cuMemFree", address)
 
     def register(self, address: int, nbytes: int) -> None:
         """See `prefetch.devices.Driver`."""

@@ -1,0 +1,37 @@
+"""What `weightfs doctor` says of the way to the GPU: none of it is needed for a mount."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from prefetch.staging import NoDeviceError, Staging, StagingError, close_shared, shared
+from weightfs.checks import Check
+
+_NAMES: Final = {
+    "ring": "files are read into pinned buffers",
+    "windows": "the page cache is pinned where it is",
+}
+
+
+def checks() -> list[Check]:
+    """Every check of this module."""
+    return [staging()]
+
+
+def staging(pool_of: Callable[[int], Staging] = shared) -> Check:
+    """How weights come to the first GPU, found out by trying both ways for 0.1 s."""
+    try:
+        rates = pool_of(0).probe()
+    except NoDeviceError as e:
+        return Check("staging", "missing", f"{e}: nothing to load weights onto; mounts do not need it", e.mend)
+    except StagingError as e:
+        return Check("staging", "degraded", f"weights can't be brought to the GPU through pinned memory: {e}", e.mend)
+    finally:
+        close_shared()
+    other = (
+        f"windows can't be used: {rates.refusal}"
+        if rates.windows is None
+        else f"ring {rates.ring / 1e9:.1f} GB/s, windows {rates.windows / 1e9:.1f} GB/s"
+    )
+    return Check("staging", "ok", f"{rates.way}: {_NAMES[rates.way]} ({other})")
