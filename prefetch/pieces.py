@@ -90,6 +90,13 @@ def jobs_of(pieces: Iterable[Piece], job_bytes: int) -> list[Job]:
     return jobs
 
 
+def cut(job: Job, job_bytes: int) -> list[Job]:
+    """A job as jobs of `job_bytes` at most, see `jobs_of`."""
+    if job.nbytes <= job_bytes:
+        return [job]
+    return jobs_of((Piece(job.fd, job.offset + at, nbytes, address) for at, nbytes, address in job.spans), job_bytes)
+
+
 def split(pieces: Iterable[Piece], nbytes: int) -> tuple[list[Piece], list[Piece]]:
     """The first `nbytes` bytes of pieces, or all there are, and the rest."""
     head: list[Piece] = []

@@ -87,7 +87,7 @@ class RingLane:
         """
         turn = 0
         try:
-            for job in feed:
+            for job in feed.buffers():
                 buffer = self._buffers[turn]
                 turn = (turn + 1) % len(self._buffers)
                 before = time.perf_counter()

@@ -2,7 +2,8 @@
 
 What torch does for memory that is not pinned reaches 4 to 8 GB/s where the bus gives 53; copies from pinned memory
 reach the bus. There are two ways to have weights in such memory: several threads read them into buffers that are pinned
-already (`prefetch.ring`), or the pages they are in are pinned where they are (`prefetch.windows`).
+already (`prefetch.ring`), or the pages they are in are pinned where they are (`prefetch.windows`). Both can go on at
+once, on different parts: neither alone keeps the bus busy.
 
 `shared` gives the one pool that a process has for a device. Everything the driver is asked for happens in threads of
 this room: the caller's thread keeps the CUDA context it has.
@@ -51,9 +52,13 @@ __all__ = [
 
 _RING_THREADS: Final = 12
 _TRIAL_BYTES: Final = 768 << 20
-"""What each way is tried with: 20 ms of a bus of 53 GB/s, and a few buffers or windows for every thread."""
+"""What a way is tried with: 20 ms of a bus of 53 GB/s, and a few buffers or windows for every thread."""
 _TRIAL_FROM_BYTES: Final = 4 * _TRIAL_BYTES
-_PROBE_BYTES: Final = 192 << 20
+_PROBE_BYTES: Final = 512 << 20
+_WAY: Final[Way] = "both"
+"""Until it is known which is faster."""
+_WAYS: Final[tuple[Way, ...]] = ("ring", "windows", "both")
+_TRIED: Final[tuple[Way, ...]] = ("both", "ring")
 _SCATTERED_BYTES: Final = 4 << 20
 """Of a window on average. Smaller ones cost more to pin than to read."""
 
@@ -95,7 +100,7 @@ class Staging:
         """Copy bytes of files to the device; returns once all of them are there, and begins them in their order.
 
         What is in memory comes in the way that is faster here. Where this process has not found out yet, the first 1.5
-        GiB of a copy of 3 GiB or more are a trial of both.
+        GiB of a copy of 3 GiB or more are a trial.
 
         The memory at the pieces' addresses must be ready: whoever has work of the GPU under way that still uses it, as
         torch may on a stream of its own, waits for that first.
@@ -132,29 +137,30 @@ class Staging:
             return replace(copied, nbytes=nbytes, seconds=time.perf_counter() - started)
 
     def probe(self) -> Rates:
-        """Try both ways with memory of its own, about 0.1 s once the GPU's driver runs; `copy` uses the faster one.
+        """Try every way with memory of its own, for 0.1 s once that is there; `copy` uses the fastest from then on.
 
         Raises:
-            StagingError: the driver failed, or the device has no 192 MiB left.
+            StagingError: the driver failed, or the device has no 512 MiB left.
         """
         with self._ready(), open(os.memfd_create("staging-probe"), "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, _PROBE_BYTES)
             address = self._call(lambda: self._driver.allocate_device(_PROBE_BYTES))
+            rates: dict[Way, float] = {}
             try:
                 pieces = [Piece(file.fileno(), 0, _PROBE_BYTES, address)]
-                rates = Rates(ring=self._rate("ring", pieces), refusal=self._refusal)
-                if self._refusal is None:
-                    try:
-                        rates = replace(rates, windows=self._rate("windows", pieces))
-                    except RefusedError as error:
-                        rates = replace(rates, refusal=self._refuse(error))
-                    finally:
-                        self._retirement.finish()
+                try:
+                    for way in _WAYS if self._refusal is None else _WAYS[:1]:
+                        rates[way] = self._rate(way, pieces)
+                except RefusedError as error:
+                    self._refuse(error)
+                finally:
+                    self._retirement.finish()
             finally:
                 self._call(lambda: self._driver.free_device(address))
+            found = Rates(bytes_per_s=rates, refusal=self._refusal)
             if self._config.way is None:
-                self._way = _measured[self._device] = rates.way
-            return rates
+                self._way = _measured[self._device] = found.way
+            return found
 
     def close(self) -> None:
         """Give all memory back, once a copy that is under way has ended; a second call does nothing.
@@ -188,36 +194,38 @@ class Staging:
         if not reads.all_resident:
             return self._copy(pieces, "ring", reads, cancelled)
         if self._way is None and sum(piece.nbytes for piece in pieces) >= _TRIAL_FROM_BYTES:
-            of_windows, pieces = split(pieces, _TRIAL_BYTES)
-            of_ring, pieces = split(pieces, _TRIAL_BYTES)
-            windows = self._timed(of_windows, "windows", reads, cancelled)
-            self._copy(of_ring[:0], "ring", reads, cancelled, threads=self._ring_threads)  # pins what the ring needs
-            rates = Rates(ring=self._timed(of_ring, "ring", reads, cancelled), windows=windows)
-            self._way = _measured[self._device] = rates.way
-            log.info("%s: windows %.1f GB/s, ring %.1f GB/s", rates.way, windows / 1e9, rates.ring / 1e9)
-        return self._copy(pieces, self._way or "ring", reads, cancelled)
+            rates: dict[Way, float] = {}
+            for way in _TRIED:
+                part, pieces = split(pieces, _TRIAL_BYTES)
+                rates[way] = self._timed(part, way, reads, cancelled)
+            self._way = _measured[self._device] = Rates(bytes_per_s=rates).way
+            log.info("%s is the faster way: %s bytes a second", self._way, rates)
+        return self._copy(pieces, self._way or _WAY, reads, cancelled)
 
     def _rate(self, way: Way, pieces: list[Piece]) -> float:
-        """The better of two copies after one that pins what is needed, in bytes a second."""
+        """The better of two copies, the first of which pins what is needed, in bytes a second."""
+        rates = []
         with Reads(pieces, past_cache=False) as reads:
-            return max(self._timed(pieces, way, reads, None) for _ in range(3))
+            for _ in range(2):
+                rates.append(self._timed(pieces, way, reads, None))
+                self._retirement.finish()
+        return max(rates)
 
     def _timed(self, pieces: list[Piece], way: Way, reads: Reads, cancelled: Callable[[], bool] | None) -> float:
         started = time.perf_counter()
         copied = self._copy(pieces, way, reads, cancelled)
         return copied.nbytes / (time.perf_counter() - started)
 
-    def _refuse(self, error: RefusedError) -> str:
-        """Use no windows any more; gives why."""
+    def _refuse(self, error: RefusedError) -> None:
+        """Use no windows any more."""
         self._way, self._refusal = "ring", error.message
         if self._config.way is None:
             _measured[self._device] = "ring"
         log.info("the driver pins no mapped files here, buffers are used: %s", error)
-        return error.message
 
     def _call(self, action: Callable[[], T]) -> T:
         """Something of the driver's, in a thread of its own: the caller's keeps its context."""
-        feed = Feed((), None)
+        feed = Feed()
         results: list[T] = []
 
         def work(_: int) -> None:
@@ -229,51 +237,53 @@ class Staging:
             raise feed.error
         return results[0]
 
-    def _copy(
-        self,
-        pieces: list[Piece],
-        way: Way,
-        reads: Reads,
-        cancelled: Callable[[], bool] | None,
-        *,
-        threads: int | None = None,
-    ) -> Copied:
-        """Copy in one way, with as many threads as there are jobs for, or as many as are asked for."""
+    def _copy(self, pieces: list[Piece], way: Way, reads: Reads, cancelled: Callable[[], bool] | None) -> Copied:
+        """Copy in one way, with as many threads as there are jobs for."""
         config = self._config
         nbytes = sum(piece.nbytes for piece in pieces)
-        jobs = jobs_of(pieces, config.buffer_bytes if way == "ring" else config.window_bytes)
-        if way == "windows" and len(jobs) > 1 and nbytes < len(jobs) * min(_SCATTERED_BYTES, config.window_bytes // 2):
-            way, jobs = "ring", jobs_of(pieces, config.buffer_bytes)
-        if threads is None:
-            threads = min(self._ring_threads if way == "ring" else config.window_threads, len(jobs))
-        feed = Feed(jobs, cancelled)
+        jobs = jobs_of(pieces, config.window_bytes)
+        kept = config.window_threads if way == "both" else 0
+        scattered = len(jobs) > 1 and nbytes < len(jobs) * min(_SCATTERED_BYTES, config.window_bytes // 2)
+        if scattered or len(jobs) <= kept:
+            way = "ring"
+        of_windows = 0 if way == "ring" else min(config.window_threads, max(0, len(jobs) - kept))
+        buffers = sum(-(-job.nbytes // config.buffer_bytes) for job in jobs)
+        of_ring = 0 if way == "windows" else min(self._ring_threads, buffers)
+        feed = Feed(jobs, buffer_bytes=config.buffer_bytes, kept=kept, cancelled=cancelled)
         waited_s = self._waited_s()
-        together(lambda number: self._work(way, number, feed, reads), threads, feed)
+
+        def work(number: int) -> None:
+            stay_near(self._near)
+            self._driver.use(self._device)
+            if number < of_ring:
+                self._ring_lane(number).run(feed, reads.read)
+            else:
+                self._window_lane(number - of_ring).run(feed)
+
+        together(work, of_ring + of_windows, feed)
         if feed.error is not None:
             raise feed.error
         return Copied(
             nbytes=nbytes,
             seconds=0,
             way=way,
-            threads=threads,
+            threads=of_ring + of_windows,
             past_cache_bytes=reads.past_cache_bytes,
-            waited_s=(self._waited_s() - waited_s) / max(threads, 1),
+            waited_s=(self._waited_s() - waited_s) / max(of_ring, 1),
         )
 
-    def _work(self, way: Way, number: int, feed: Feed, reads: Reads) -> None:
-        """What each thread of a copy does. Its lane is its own work, too: memory is pinned by all of them at once."""
-        stay_near(self._near)
-        self._driver.use(self._device)
-        if way == "ring":
-            ring = self._ring.get(number)
-            if ring is None:
-                ring = self._ring[number] = RingLane(self._driver, self._config.buffers, self._config.buffer_bytes)
-            ring.run(feed, reads.read)
-        else:
-            windows = self._windows.get(number)
-            if windows is None:
-                windows = self._windows[number] = WindowLane(self._driver, self._retirement.add)
-            windows.run(feed)
+    def _ring_lane(self, number: int) -> RingLane:
+        """Made by the thread that works with it: memory is pinned by all of them at once, and near to who writes it."""
+        lane = self._ring.get(number)
+        if lane is None:
+            lane = self._ring[number] = RingLane(self._driver, self._config.buffers, self._config.buffer_bytes)
+        return lane
+
+    def _window_lane(self, number: int) -> WindowLane:
+        lane = self._windows.get(number)
+        if lane is None:
+            lane = self._windows[number] = WindowLane(self._driver, self._retirement.add)
+        return lane
 
     def _lanes(self) -> list[RingLane | WindowLane]:
         return [*self._ring.values(), *self._windows.values()]

@@ -1,12 +1,13 @@
-"""How bytes of files come to a GPU: the two ways, their settings, and what a copy or a probe found."""
+"""How bytes of files come to a GPU: the ways, their settings, and what a copy or a probe found."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-Way = Literal["ring", "windows"]
-"""Read into buffers that are pinned already (`prefetch.ring`), or pinned where they are (`prefetch.windows`)."""
+Way = Literal["ring", "windows", "both"]
+"""Read into buffers that are pinned already (`prefetch.ring`), pinned where they are (`prefetch.windows`), or both at
+once: reading costs processors and memory bandwidth, pinning the kernel's page tables, and the bus takes the sum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +18,8 @@ class StagingConfig:
         way: how bytes of the page cache are copied; None is whichever is faster here, see `Staging.copy`.
         threads: the most that read at once; by default 12, or three quarters of the processors where those are fewer.
         buffers: of each of them.
-        buffer_bytes: of each buffer, a multiple of the page size. All of them are pinned memory: 576 MiB by default.
+        buffer_bytes: of each buffer, a multiple of the page size. All of them are pinned memory: 144 MiB by default.
+            Larger ones leave the processor's caches before the GPU reads them: see tools/bench/staging.py.
         window_threads: the most that pin windows of the page cache at once.
         window_bytes: of each window, a multiple of the page size.
     """
@@ -25,7 +27,7 @@ class StagingConfig:
     way: Way | None = None
     threads: int | None = None
     buffers: int = 3
-    buffer_bytes: int = 16 << 20
+    buffer_bytes: int = 4 << 20
     window_threads: int = 4
     window_bytes: int = 64 << 20
 
@@ -54,19 +56,17 @@ class Copied:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What each way gave on this host, in bytes a second.
+    """What each way gave on this host.
 
     Attributes:
-        ring: of the buffers.
-        windows: of the windows, None where they can't be.
-        refusal: why they can't be, None where they can.
+        bytes_per_s: by way; those that can't be taken are not there.
+        refusal: why the page cache can't be pinned, None where it can.
     """
 
-    ring: float
-    windows: float | None = None
+    bytes_per_s: dict[Way, float]
     refusal: str | None = None
 
     @property
     def way(self) -> Way:
-        """The faster one."""
-        return "windows" if self.windows is not None and self.windows > self.ring else "ring"
+        """The fastest one."""
+        return max(self.bytes_per_s, key=self.bytes_per_s.__getitem__)
