@@ -20,7 +20,7 @@ class Feed:
         buffer_bytes: what `buffers` hands out at most, a multiple of the page size.
         kept: so many of the last jobs are for `buffers` only. A window takes long before its copy begins: with the last
             ones all others would wait for it.
-        cancelled: asked before each job, in any of the threads, one at a time; must not block.
+        cancelled: asked before each job, in any of the threads, several at a time; must not block.
     """
 
     def __init__(
@@ -41,24 +41,23 @@ class Feed:
 
     def windows(self) -> Iterator[Job]:
         """Jobs as they are, for one of the threads."""
-        while True:
+        while not self._ends():
             with self._turn:
-                if self._ends() or len(self._jobs) <= self._kept:
+                if len(self._jobs) <= self._kept:
                     return
                 job = self._jobs.popleft()
             yield job
 
     def buffers(self) -> Iterator[Job]:
         """Jobs of a buffer each, for one of the threads."""
-        while True:
-            with self._turn:
-                if self._ends():
-                    return
-                if not self._cut:
-                    if not self._jobs:
-                        return
-                    self._cut.extend(cut(self._jobs.popleft(), self._buffer_bytes))
+        # No lock for each of them: a dozen threads that wait for one give the GIL away and have to wait for that, too.
+        while not self._ends():
+            try:
                 job = self._cut.popleft()
+            except IndexError:
+                if not self._cut_next():
+                    return
+                continue
             yield job
 
     def fail(self, error: BaseException) -> None:
@@ -66,9 +65,18 @@ class Feed:
         with self._turn:
             self.error = self.error or error
 
+    def _cut_next(self) -> bool:
+        """Cut one more job to buffers, if there is one."""
+        with self._turn:
+            if not self._cut and not self._jobs:
+                return False
+            if not self._cut:
+                self._cut.extend(cut(self._jobs.popleft(), self._buffer_bytes))
+            return True
+
     def _ends(self) -> bool:
         if self.error is None and self._cancelled is not None and self._cancelled():
-            self.error = CopyCancelledError("the copy was called off")
+            self.fail(CopyCancelledError("the copy was called off"))
         return self.error is not None
 
 
