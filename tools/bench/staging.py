@@ -429,6 +429,34 @@ class Bench:
         os.close(fd)
 
 
+class Overhead:
+    """The most host memory that is held beyond what was when it began, besides the page cache; a sample each 2 ms."""
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._before = self._now()
+        self.most_bytes = 0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @staticmethod
+    def _now() -> int:
+        """Memory of nobody's file, and page tables. What the driver pins for itself counts as neither: see `end`."""
+        with open("/proc/self/status") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return sum(int(lines[key].split()[0]) << 10 for key in ("RssAnon", "RssShmem", "VmPTE"))
+
+    def _run(self) -> None:
+        while not self._ended.wait(0.002):
+            self.most_bytes = max(self.most_bytes, self._now() - self._before)
+
+    def end(self, config: StagingConfig, threads: int) -> float:
+        """MiB, with the pool's buffers."""
+        self._ended.set()
+        self._thread.join()
+        return round((self.most_bytes + threads * config.buffers * config.buffer_bytes) / MIB, 1)
+
+
 def timed(what: str, action: Callable[[], Any]) -> Any:
     started = time.perf_counter()
     result = action()
@@ -495,6 +523,12 @@ def main() -> None:
                 bench.pool("both", "mount", through, StagingConfig(way="both"))
         probed = Staging(bench.driver)
         rates = timed("probe", probed.probe)
+        with contextlib.ExitStack() as opened:
+            files = [opened.enter_context(open(path, "rb")) for path in paths]
+            overhead = Overhead()
+            found = probed.copy(pieces_of(paths, [file.fileno() for file in files], address))
+            overhead_mib = overhead.end(StagingConfig(), found.threads)
+        print(f"host memory beside the page cache: {overhead_mib} MiB for {nbytes / 1e9:.1f} GB", flush=True)
         probed.close()
         print(f"probe: {rates}", flush=True)
         bench.cold(paths[0], os.cpu_count() or 1)
@@ -508,6 +542,8 @@ def main() -> None:
         "gpu": "double" if given.double else driver.pci_address(0),
         "nbytes": nbytes,
         "pinning_s": pinned,
+        "probe_gb_s": {way: round(rate / 1e9, 2) for way, rate in rates.bytes_per_s.items()},
+        "overhead_mib": overhead_mib,
         "seconds": round(time.perf_counter() - began, 1),
         "rows": [asdict(row) for row in bench.rows],
     }
