@@ -249,7 +249,9 @@ class Staging:
             way = "ring"
         of_windows = 0 if way == "ring" else min(config.window_threads, max(0, len(jobs) - kept))
         buffers = sum(-(-job.nbytes // config.buffer_bytes) for job in jobs)
-        of_ring = 0 if way == "windows" else min(self._ring_threads, buffers)
+        # A disk wants as many reads under way as may be, whatever processors there are.
+        most = self._ring_threads if reads.all_resident else max(self._ring_threads, _RING_THREADS)
+        of_ring = 0 if way == "windows" else min(self._config.threads or most, buffers)
         feed = Feed(jobs, buffer_bytes=config.buffer_bytes, kept=kept, cancelled=cancelled)
         waited_s = self._waited_s()
 
