@@ -346,8 +346,10 @@ def test_files_must_be_known(bench: Bench) -> None:
 
 def test_too_little_memory_is_told_before_the_block(bench: Bench) -> None:
     bench.memory.room = 0
-    with pytest.raises(WeightfsError, match="out of memory"), bench.released():
+    with pytest.raises(WeightfsError, match="out of memory") as caught, bench.released():
         pytest.fail("the block began")
+    assert caught.value.mend is not None
+    assert "movable" in caught.value.mend
 
 
 def test_on_a_cpu_nothing_happens_and_it_says_so(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

@@ -110,6 +110,8 @@ def _released(
             return
         asides = step_aside(modules, _origins(modules, weights), memory_of, report)
         log.info("released %d bytes, of which files have %d", report.nbytes, report.file_bytes)
+        if report.elsewhere:
+            log.warning("something else holds the memory of %s: it is not free", ", ".join(report.elsewhere))
         try:
             yield report
         finally:

@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from weightfs.errors import UsageError
+from weightfs.errors import UsageError, WeightfsError
 from weightfs.torch.arena import Arena, Memory, arenas
 from weightfs.torch.fused import LEAST_BYTES, parts_of
 from weightfs.torch.origins import Origin, Origins, Stamp
@@ -159,7 +159,13 @@ class Aside:
         report.elsewhere += tuple(name for name, storage in former if not storage.expired())
         if is_new:
             self._memory.settle()
-            self._arena.map()  # now, so that it is known to succeed before a snapshot counts on it
+            try:
+                self._arena.map()  # now, so that it is known to succeed before a snapshot counts on it
+            except WeightfsError as e:
+                e.mend = (
+                    "load the model again, and call weightfs.torch.movable(model) before anything else needs the GPU"
+                )
+                raise
             for begin, stock in self._stocks.items():
                 stock.live = self._arena.region(begin, stock.nbytes)
                 for tenant in stock.tenants:
