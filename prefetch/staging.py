@@ -40,6 +40,7 @@ __all__ = [
     "StagingConfig",
     "StagingError",
     "close_shared",
+    "opened",
     "shared",
 ]
 
@@ -230,6 +231,17 @@ class Staging:
             self._driver.release(self._device)
 
 
+def opened(device: int = 0, config: StagingConfig | None = None) -> Staging:
+    """A pool of the caller's own, who closes it; for one that wants it otherwise than `shared` has it.
+
+    Raises:
+        NoDeviceError: no GPU can be used; says why, and what to install.
+    """
+    from prefetch.pinned import Driver as PinnedDriver
+
+    return Staging(PinnedDriver(), device=device, config=config)
+
+
 _shared: dict[int, Staging] = {}
 _shared_turn = threading.Lock()
 
@@ -242,9 +254,7 @@ def shared(device: int = 0) -> Staging:
     """
     with _shared_turn:
         if (found := _shared.get(device)) is None:
-            from prefetch.pinned import Driver as PinnedDriver
-
-            found = _shared[device] = Staging(PinnedDriver(), device=device)
+            found = _shared[device] = opened(device)
         return found
 
 

@@ -11,6 +11,11 @@ all settings are tried, from a mount the default ones. Rows:
     reads alone    as many threads read into buffers of as many bytes, and nothing is copied
     ring           the pool's pinned buffers: threads x buffers x size of each
     windows        parts of the files pinned where they are: threads x size of each
+    default        the pool as it is without being told anything; also through a mount
+    cold           one shard that is not in memory, past the page cache and through it, and read past it by as many
+                   threads with nothing copied
+"pinning" is how long it takes to have the memory of a ring, all threads at once: by cuMemHostAlloc, and by
+cuMemHostRegister of huge pages that were touched before.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import mmap
 import os
 import platform
 import statistics
@@ -131,6 +137,7 @@ class Row:
     waited_share: float | None
     samples: list[float]
     same_bytes: bool | None
+    past_cache_share: float | None
 
 
 def write_shards(folder: str, nbytes: int) -> list[str]:
@@ -248,6 +255,49 @@ def reads_alone(paths: list[str], threads: int, buffer_bytes: int) -> list[float
     return rates[1:]
 
 
+def pinning(driver: Driver, threads: int, each_bytes: int) -> dict[str, float]:
+    """Seconds until every thread has its memory, by either call."""
+    barrier = threading.Barrier(threads + 1)
+    allocated: list[int] = []
+    mapped: list[mmap.mmap] = []
+
+    def allocate() -> None:
+        allocated.append(driver.allocate(each_bytes))
+
+    def register() -> None:
+        block = mmap.mmap(-1, each_bytes)
+        mapped.append(block)
+        block.madvise(mmap.MADV_HUGEPAGE)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(block))
+        ctypes.memset(address, 0, each_bytes)
+        driver.register(address, each_bytes)
+
+    found = {}
+    for name, way in (("cuMemHostAlloc", allocate), ("huge pages registered", register)):
+
+        def work(way: Callable[[], None] = way) -> None:
+            driver.use(0)
+            barrier.wait()
+            way()
+            barrier.wait()
+
+        workers = [threading.Thread(target=work) for _ in range(threads)]
+        for worker in workers:
+            worker.start()
+        barrier.wait()
+        started = time.perf_counter()
+        barrier.wait()
+        found[name] = round(time.perf_counter() - started, 4)
+        for worker in workers:
+            worker.join()
+    driver.use(0)
+    for address in allocated:
+        driver.free(address)
+    for block in mapped:
+        driver.unregister(ctypes.addressof(ctypes.c_char.from_buffer(block)))
+    return found
+
+
 class Bench:
     """All rows, each said as it comes."""
 
@@ -265,7 +315,14 @@ class Bench:
             best_gb_s=round(best, 2),
             median_gb_s=round(statistics.median(samples), 2),
             of_ceiling=round(statistics.median(samples) / self.ceiling_gb_s, 3) if self.ceiling_gb_s else None,
-            **{"way": None, "first_gb_s": None, "waited_share": None, "same_bytes": None, **more},
+            **{
+                "way": None,
+                "first_gb_s": None,
+                "waited_share": None,
+                "same_bytes": None,
+                "past_cache_share": None,
+                **more,
+            },
         )
         self.rows.append(row)
         print(
@@ -310,6 +367,55 @@ class Bench:
             same_bytes=same,
         )
 
+    def cold(self, path: str, cpus: int) -> None:
+        """One shard from the disk: past the page cache, through it, and read past it alone."""
+        fd = os.open(path, os.O_RDONLY)
+        pieces = pieces_of([path], [fd], self.address)
+        nbytes = sum(piece.nbytes for piece in pieces)
+        for what, past_cache in (("cold past", True), ("cold through", False)):
+            pool = Staging(self.driver)
+            pool.copy(pieces[:1])
+            samples = []
+            for _ in range(2):
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                started = time.perf_counter()
+                found = pool.copy(pieces, past_cache=past_cache)
+                samples.append(nbytes / (time.perf_counter() - started) / 1e9)
+            self.add(
+                what,
+                "bare",
+                samples,
+                threads=found.threads,
+                buffers=3,
+                buffer_mib=16,
+                way=found.way,
+                waited_share=round(found.waited_s / found.seconds, 3),
+                same_bytes=holds(self.gpu, [path], self.address),
+                past_cache_share=round(found.past_cache_bytes / nbytes, 3),
+            )
+            pool.close()
+        os.close(fd)
+        os.posix_fadvise(fd := os.open(path, os.O_RDONLY | os.O_DIRECT), 0, 0, os.POSIX_FADV_DONTNEED)
+        threads = max(1, min(12, cpus * 3 // 4))
+        buffers = [mmap.mmap(-1, 16 * MIB) for _ in range(threads)]
+        offsets = iter(range(0, nbytes, 16 * MIB))
+        turn = threading.Lock()
+
+        def read(buffer: mmap.mmap) -> None:
+            while True:
+                with turn:
+                    at = next(offsets, None)
+                if at is None:
+                    return
+                os.preadv(fd, [buffer], at)
+
+        started = time.perf_counter()
+        with ThreadPoolExecutor(threads) as executor:
+            list(executor.map(read, buffers))
+        rate = nbytes / (time.perf_counter() - started) / 1e9
+        self.add("disk alone", "bare", [rate], threads=threads, buffers=1, buffer_mib=16)
+        os.close(fd)
+
 
 def timed(what: str, action: Callable[[], Any]) -> Any:
     started = time.perf_counter()
@@ -342,6 +448,8 @@ def main() -> None:
         rates = ceiling(driver, address, nbytes)
         bench.add("ceiling", "-", rates, threads=1, buffers=1, buffer_mib=CEILING_BYTES / MIB)
         bench.ceiling_gb_s = max(rates)
+        pinned = {f"{n} x {mib} MiB": pinning(driver, n, mib * MIB) for n, mib in ((12, 48), (12, 12))}
+        print("pinning, s:", json.dumps(pinned), flush=True)
         for threads, buffer_bytes in ((12, 16 * MIB), (16, 16 * MIB), (12, 4 * MIB), (16, 4 * MIB)):
             rates = reads_alone(paths, threads, buffer_bytes)
             bench.add("reads alone", "bare", rates, threads=threads, buffers=3, buffer_mib=buffer_bytes / MIB)
@@ -357,6 +465,7 @@ def main() -> None:
                 through = [os.path.join(point, os.path.basename(path)) for path in paths]
                 bench.pool("default", "mount", through, StagingConfig())
                 bench.pool("windows", "mount", through, StagingConfig(way="windows"))
+        bench.cold(paths[0], os.cpu_count() or 1)
     document = {
         "schema": 1,
         "name": "staging",
@@ -366,6 +475,7 @@ def main() -> None:
         "python": platform.python_version(),
         "gpu": "double" if given.double else driver.pci_address(0),
         "nbytes": nbytes,
+        "pinning_s": pinned,
         "seconds": round(time.perf_counter() - began, 1),
         "rows": [asdict(row) for row in bench.rows],
     }

@@ -23,7 +23,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 Weights = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 _turn = threading.Lock()
+_POOL: Final = staging.StagingConfig(way="windows")
+"""A restore would wait for buffers to be pinned, and for a choice of the way; pages of files are pinned as they go."""
 
 
 @contextmanager
@@ -170,6 +172,7 @@ class _CudaMemory:
         self._driver: Any = driver
         self._index = index
         self._device = torch.device("cuda", index)
+        self._pool: staging.Staging | None = None
         torch.zeros(1, device=self._device)  # the primary context, which the driver's calls need
         place = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         self._property = driver.CUmemAllocationProp()
@@ -212,7 +215,9 @@ class _CudaMemory:
 
     def copy(self, pieces: Sequence[staging.Piece]) -> None:
         self.wait()  # what torch still does with the memory, on streams of its own
-        staging.shared(self._index).copy(pieces)
+        if self._pool is None:
+            self._pool = staging.opened(self._index, _POOL)
+        self._pool.copy(pieces)
 
     def wait(self) -> None:
         torch.cuda.synchronize(self._device)
@@ -220,6 +225,9 @@ class _CudaMemory:
     def settle(self) -> int:
         self.wait()
         staging.close_shared()  # a snapshot would hold what is pinned
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
         torch.cuda.empty_cache()
         return int(torch.cuda.memory_reserved(self._device))
 
