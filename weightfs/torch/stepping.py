@@ -293,18 +293,18 @@ def _grouped(
         for name, tensor in _tensors(module):
             tenants.setdefault(id(tensor), _Tenant(tensor)).names.append(name.replace(_COMPILED, ""))
     memories: dict[torch.device, Memory | None] = {}
-    stocks: dict[tuple[torch.device, int], _Stock] = {}
+    stocks: dict[tuple[torch.device, int, int], _Stock] = {}  # a storage may be the first part of another
     for tenant in tenants.values():
         tensor = tenant.tensor
         if tensor.device not in memories:
             memories[tensor.device] = memory_of(tensor.device)
         if why := _why_left(tensor, memories[tensor.device]):
             report.left[tenant.names[0]] = why
-        elif tensor.untyped_storage().nbytes():
-            key = tensor.device, tensor.untyped_storage().data_ptr()
+        elif nbytes := tensor.untyped_storage().nbytes():
+            key = tensor.device, tensor.untyped_storage().data_ptr(), nbytes
             stocks.setdefault(key, _Stock(tensor)).tenants.append(tenant)
     groups: dict[tuple[Memory, Arena | None], list[_Stock]] = {}
-    for (device, address), stock in stocks.items():
+    for (device, address, _), stock in stocks.items():
         memory = memories[device]
         assert memory is not None
         home = next((one for one in arenas() if address in one), None)
