@@ -38,3 +38,15 @@ def test_two_snapshots_in_one_life(commands: Commands, tmp_path: Path) -> None:
         assert nbytes <= told["used"] < nbytes + (64 << 10)
         assert told["file_bytes"] == told["nbytes"] == nbytes
     assert all(size["logical"] < nbytes for size in life.bytes)
+
+
+def test_other_weights_are_refused_before_anything_is_done(commands: Commands, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_weights(str(path), "double", 4)
+    life = Life(commands, tmp_path, "double", str(path))
+    commands.told("create", "first", command=life.command)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert commands.refused("restore", "first", code=4)["path"] == str(path)
+    path.write_bytes(content)
+    commands.told("restore", "first")

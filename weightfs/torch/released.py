@@ -31,6 +31,7 @@ from prefetch import staging
 from weightfs.errors import UnfitError, UsageError, WeightfsError
 from weightfs.torch.arena import Memory
 from weightfs.torch.origins import Origins, paths_of
+from weightfs.torch.proof import Files
 from weightfs.torch.stepping import MemoryOf, Released, step_aside
 
 log = logging.getLogger(__name__)
@@ -50,9 +51,9 @@ def released(
 
     Before they are freed all are compared with the files they came from, by name and byte for byte; what differs (as
     cast or merged weights do) is copied to the host. After the block, also when it raises, memory is mapped again, and
-    filled from the files; sums over it must be those of before. The files may be others then, as on another host, if
-    they lie at the same paths and hold the same bytes. A model whose weights can't be brought back has none: it does
-    not answer.
+    filled from the files, which are held open in between; sums over it must be those of before. In a restored process
+    the files may be others, as on another host, if they lie at the same paths and hold the same bytes. A model whose
+    weights can't be brought back has none: it does not answer.
 
     The first block gives the weights addresses that they keep, in an order that is the files'. It needs 256 MiB of GPU
     memory beside the model. Graphs and compiled code that hold addresses must be made after it; see `movable`.
@@ -110,15 +111,16 @@ def _released(
             log.warning("%s", report.note)
             yield report
             return
-        asides = step_aside(modules, _origins(modules, weights), memory_of, report)
-        log.info("released %d bytes, of which files have %d", report.nbytes, report.file_bytes)
-        if report.elsewhere:
-            log.warning("something else holds the memory of %s: it is not free", ", ".join(report.elsewhere))
-        try:
-            yield report
-        finally:
-            for aside in asides:
-                aside.come_back(report)
+        with Files() as files:
+            asides = step_aside(modules, _origins(modules, weights), memory_of, files, report)
+            log.info("released %d bytes, of which files have %d", report.nbytes, report.file_bytes)
+            if report.elsewhere:
+                log.warning("something else holds the memory of %s: it is not free", ", ".join(report.elsewhere))
+            try:
+                yield report
+            finally:
+                for aside in asides:
+                    aside.come_back(report)
     finally:
         _turn.release()
 
