@@ -103,15 +103,48 @@ def _bytes(content: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def test_parts_are_found_by_their_first_bytes(tmp_path: Path) -> None:
+def test_joined_parts_are_found_by_their_first_bytes(tmp_path: Path) -> None:
     q, k, v = os.urandom(4 * LEAST_BYTES), os.urandom(LEAST_BYTES), os.urandom(LEAST_BYTES)
     origins = _origins(tmp_path / "f", v, q, k)
-    both = parts_of([_bytes(q + k + v), _bytes(k + bytes(LEAST_BYTES) + v[: LEAST_BYTES // 2])], origins)
-    assert both[0] == [(0, origins[1]), (4 * LEAST_BYTES, origins[2]), (5 * LEAST_BYTES, origins[0])]
-    assert both[1] == [(0, origins[2])], "a part that does not fit is none"
+    (found,) = parts_of([_bytes(q + k + v)], origins)
+    assert found == [(0, origins[1]), (4 * LEAST_BYTES, origins[2]), (5 * LEAST_BYTES, origins[0])]
+
+
+def test_the_part_of_one_gpu_is_found_in_what_all_have(tmp_path: Path) -> None:
+    q, k, v = os.urandom(4 * LEAST_BYTES), os.urandom(2 * LEAST_BYTES), os.urandom(2 * LEAST_BYTES)
+    (whole_q, whole_k, whole_v) = _origins(tmp_path / "f", q, k, v)
+    second = _bytes(q[2 * LEAST_BYTES :] + k[LEAST_BYTES:] + v[LEAST_BYTES:])
+    (found,) = parts_of([second], [whole_q, whole_k, whole_v])
+    expected = [(0, q[2 * LEAST_BYTES :]), (2 * LEAST_BYTES, k[LEAST_BYTES:]), (3 * LEAST_BYTES, v[LEAST_BYTES:])]
+    assert [(at, _content(origin)) for at, origin in found] == expected
+
+
+def test_what_no_file_has_lies_between(tmp_path: Path) -> None:
+    known = os.urandom(2 * LEAST_BYTES)
+    origins = _origins(tmp_path / "f", known)
+    (found,) = parts_of([_bytes(os.urandom(LEAST_BYTES) + known + os.urandom(LEAST_BYTES))], origins)
+    assert found == [(LEAST_BYTES, origins[0])]
+
+
+def test_of_steps_that_begin_alike_the_longest_run_is_taken(tmp_path: Path) -> None:
+    zeros, known = bytes(LEAST_BYTES), os.urandom(LEAST_BYTES)
+    first, second = _origins(tmp_path / "f", zeros + zeros, zeros + known)
+    (found,) = parts_of([_bytes(zeros + known)], [first, second])
+    assert found == [(0, second)]
 
 
 def test_where_lengths_have_no_step_in_common_nothing_is_looked_for(tmp_path: Path) -> None:
     odd = os.urandom(LEAST_BYTES + 1)
     assert parts_of([_bytes(odd)], _origins(tmp_path / "f", odd, os.urandom(LEAST_BYTES))) == [[]]
     assert parts_of([_bytes(odd)], _origins(tmp_path / "f", b"small")) == [[]]
+
+
+def test_an_odd_tensor_is_looked_at_in_the_steps_of_the_files(tmp_path: Path) -> None:
+    known = os.urandom(LEAST_BYTES)
+    origins = _origins(tmp_path / "f", known)
+    assert parts_of([_bytes(known + b"odd")], origins) == [[(0, origins[0])]]
+
+
+def _content(origin: Origin) -> bytes:
+    with open(origin.path, "rb") as file:
+        return os.pread(file.fileno(), origin.nbytes, origin.offset)
