@@ -55,7 +55,7 @@ def released(
     the files may be others, as on another host, if they lie at the same paths and hold the same bytes. A model whose
     weights can't be brought back has none: it does not answer.
 
-    The first block gives the weights addresses that they keep, in an order that is the files'. It needs 256 MiB of GPU
+    The first block gives the weights addresses that they keep, in an order that is the files'. It needs 300 MiB of GPU
     memory beside the model. Graphs and compiled code that hold addresses must be made after it; see `movable`.
 
     For one thread, while no other uses the model. Weights on the CPU stay.
