@@ -320,6 +320,19 @@ def test_with_the_model_its_addresses_go(bench: Bench) -> None:
     assert not bench.memory.reserved
 
 
+def test_a_part_of_the_model_may_go(bench: Bench) -> None:
+    with bench.released(()) as whole:
+        pass
+    del bench.model.layers[1]
+    gc.collect()
+    before = bench.answer()
+    for _ in range(2):
+        with bench.released(()) as report:
+            pass
+        assert report.nbytes < whole.nbytes
+        assert torch.equal(bench.answer(), before)
+
+
 def test_what_something_else_holds_is_told(bench: Bench) -> None:
     view = bench.model.layers[0].linear.weight.data[:1]
     with bench.released() as report:

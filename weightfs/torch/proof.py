@@ -67,11 +67,13 @@ class Contents:
     """What an arena holds.
 
     Attributes:
+        begins: of the storages in it.
         spans: in order of their begin, without overlaps. What they leave out is zero.
         stamps: what each of the files was, by path.
         sums: one a block.
     """
 
+    begins: frozenset[int]
     spans: tuple[Span, ...]
     stamps: Mapping[str, Stamp]
     sums: tuple[bytes, ...]
@@ -141,7 +143,12 @@ def prove(memory: Memory, lots: Sequence[Lot], nbytes: int, stamps: Mapping[str,
             sums.append(_sum(room))
     spans = tuple(_joined(found))
     paths = {span.path for span in spans}
-    return Contents(spans=spans, stamps={path: stamps[path] for path in stamps if path in paths}, sums=tuple(sums))
+    return Contents(
+        begins=frozenset(lot.begin for lot in lots),
+        spans=spans,
+        stamps={path: stamps[path] for path in stamps if path in paths},
+        sums=tuple(sums),
+    )
 
 
 def keep(contents: Contents, lots: Sequence[Lot]) -> list[torch.Tensor]:

@@ -131,7 +131,7 @@ class Aside:
         self._stocks = stocks
         lots = [Lot(begin=begin, live=one.live, claims=one.claims) for begin, one in sorted(stocks.items())]
         known = arena.contents
-        if known is None or not _is_current(known, origins) or not holds(arena, known):
+        if known is None or known.begins != stocks.keys() or not _is_current(known, origins) or not holds(arena, known):
             known = prove(memory, lots, arena.nbytes, origins.stamps)
         arena.contents = None
         self._contents: Contents = known
