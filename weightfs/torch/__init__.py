@@ -13,16 +13,20 @@ if TYPE_CHECKING:
     from weightfs.torch.loader import load_file as load_file
     from weightfs.torch.loader import load_files as load_files
     from weightfs.torch.loader import load_gguf as load_gguf
+    from weightfs.torch.modules import load_model as load_model
     from weightfs.torch.opened import safe_open as safe_open
+    from weightfs.torch.parts import Shard as Shard
 
 _ROOMS: Final = {
     "Blocks": "loader",
     "load_file": "loader",
     "load_files": "loader",
     "load_gguf": "loader",
+    "load_model": "modules",
+    "Shard": "parts",
     "safe_open": "opened",
 }
-__all__ = ["Blocks", "load_file", "load_files", "load_gguf", "safe_open"]
+__all__ = ["Blocks", "Shard", "load_file", "load_files", "load_gguf", "load_model", "safe_open"]
 
 
 def __getattr__(name: str) -> Any:
