@@ -19,9 +19,10 @@ from typing import Final
 import msgspec
 
 from checkpoint import extents, guarded
+from checkpoint.chunks import objects
 from checkpoint.chunks.keys import MasterKey
 from checkpoint.chunks.packs import Packs
-from checkpoint.chunks.sealing import Kind, key_id_of, open_object, seal_object, unwrapped
+from checkpoint.chunks.sealing import key_id_of
 from checkpoint.errors import CheckpointError, CorruptError
 from checkpoint.extents import ChunkBytes, Recipe
 from checkpoint.snapshots import Snapshot, digest_of
@@ -82,7 +83,7 @@ class Vault:
         """
         content = _GENERATION.pack(contents.generation) + extents.encode(contents.recipes)
         bound = _bound(name, id_, digest_of(manifest))
-        return seal_object(self.master, self.packs.digest_key, content, bound)
+        return objects.seal(self.master, self.packs.digest_key, content, bound)
 
     def open(self, snapshot: Snapshot) -> Contents:
         """The recipes of a snapshot that is not plain.
@@ -92,10 +93,10 @@ class Vault:
             CheckpointError: they can't be read.
         """
         said, path = snapshot.manifest, snapshot.recipes
-        content = _read(path)
+        content = read_recipes(path)
         bound = _bound(said.name, said.id, snapshot.digest)
-        unwrapped(content, Kind.OBJECT, self.master, path)  # of all that a wrong key makes fail, what tells so
-        plain = open_object(self.master, self.packs.digest_key, content, bound, path)
+        objects.envelope_of(content, self.master, path)  # of all that a wrong key makes fail, what tells so
+        plain = objects.open_(self.master, self.packs.digest_key, content, bound, path)
         if len(plain) < _GENERATION.size:
             raise CorruptError("ends too early", path=path, mend=_ANEW)
         recipes = extents.decode(plain[_GENERATION.size :], path, weights=[one.nbytes for one in said.weights])
@@ -130,7 +131,7 @@ def key_id(snapshot: Snapshot) -> str:
     Raises:
         CheckpointError: it can't be read.
     """
-    found = key_id_of(_read(snapshot.recipes)) if snapshot.manifest.is_encrypted else None
+    found = key_id_of(read_recipes(snapshot.recipes)) if snapshot.manifest.is_encrypted else None
     return found.hex() if found is not None else ""
 
 
@@ -161,7 +162,13 @@ def _bound(name: str, id_: str, digest: bytes) -> bytes:
     return b"\0".join((b"weightfs recipes", name.encode(), id_.encode(), digest))
 
 
-def _read(path: str) -> bytes:
+def read_recipes(path: str) -> bytes:
+    """The recipes of a snapshot as they lie there, sealed.
+
+    Raises:
+        CorruptError: they are missing, too large, or others may write them.
+        CheckpointError: they can't be read.
+    """
     try:
         with guarded.opened(path, guarded.FILE, path) as fd, open(fd, "rb", closefd=False) as file:
             content = file.read(_MOST_BYTES + 1)

@@ -187,7 +187,20 @@ class Store:
         Raises:
             CheckpointError: the store can't be read.
         """
-        return tuple(one for name in self._names() if (one := self._listed(name)) is not None)
+        return tuple(one for name in self.names() if (one := self._listed(name)) is not None)
+
+    def names(self) -> tuple[str, ...]:
+        """What lies in the store, in order: mostly snapshots.
+
+        Raises:
+            CheckpointError: the store can't be read.
+        """
+        try:
+            return tuple(sorted(name for name in os.listdir(self.path) if not name.startswith(".")))
+        except FileNotFoundError:
+            return ()
+        except OSError as e:
+            raise guarded.unreadable(self.path, e) from e
 
     def remove(self, name: str) -> None:
         """Remove a snapshot, whatever state it is in.
@@ -352,14 +365,6 @@ class Store:
                 raise one.fault
             if one.snapshot is not None:
                 yield one.snapshot
-
-    def _names(self) -> tuple[str, ...]:
-        try:
-            return tuple(sorted(name for name in os.listdir(self.path) if not name.startswith(".")))
-        except FileNotFoundError:
-            return ()
-        except OSError as e:
-            raise guarded.unreadable(self.path, e) from e
 
     def _left(self, store_fd: int, prefix: str) -> tuple[str, ...]:
         return tuple(sorted(name for name in os.listdir(store_fd) if name.startswith(prefix)))

@@ -1,5 +1,6 @@
 """Bytes of files that are to be on a GPU, cut into reads of one buffer each. Pure and synchronous.
 
+A copy is never of two pieces, even where their addresses meet: those may be of two allocations, which no copy may span.
 A read begins at the start of a page and is of one buffer at most, so that it can go past the page cache (O_DIRECT) or
 be a window of a mapping without being cut anew. Pieces that lie one behind the other in a file share a read even where
 their addresses do not: a thousand small tensors are a few reads with a thousand copies. Small holes between them are
@@ -81,19 +82,9 @@ def jobs_of(pieces: Iterable[Piece], job_bytes: int) -> list[Job]:
                     jobs.append(Job(fd, start, end - start, tuple(spans)))
                 fd, start, spans = piece.fd, offset // PAGE_BYTES * PAGE_BYTES, []
             taken = min(left, start + job_bytes - offset)
-            _append(spans, Span(offset - start, taken, address))
+            spans.append(Span(offset - start, taken, address))
             offset, left, address = offset + taken, left - taken, address + taken
             end = offset
     if spans:
         jobs.append(Job(fd, start, end - start, tuple(spans)))
     return jobs
-
-
-def _append(spans: list[Span], span: Span) -> None:
-    """Add a span, or have the last one reach further."""
-    if spans:
-        last = spans[-1]
-        if last.at + last.nbytes == span.at and last.address + last.nbytes == span.address:
-            spans[-1] = last._replace(nbytes=last.nbytes + span.nbytes)
-            return
-    spans.append(span)

@@ -62,7 +62,7 @@ class Driver:
             function.restype = ctypes.c_int
             self._waiting[name] = function
         self._copy = self._waiting["cuMemcpyHtoDAsync_v2"]
-        self._contexts: dict[int, Any] = {}
+        self._contexts: dict[int, list[Any]] = {}
         try:
             self._call("cuInit", 0)
         except StagingError as error:
@@ -73,12 +73,13 @@ class Driver:
         count = int(self._call("cuDeviceGetCount"))
         if not 0 <= device < count:
             raise NoDeviceError(f"there is no GPU {device}: this process sees {count}", mend="nvidia-smi -L")
-        self._contexts[device] = self._call("cuDevicePrimaryCtxRetain", self._device(device))
+        context = self._call("cuDevicePrimaryCtxRetain", self._device(device))  # the driver counts
+        self._contexts.setdefault(device, []).append(context)
 
     def release(self, device: int) -> None:
         """See `prefetch.devices.Driver`."""
-        if self._contexts.pop(device, None) is not None:
-            self._call("cuDevicePrimaryCtxRelease", self._device(device))
+        self._contexts[device].pop()
+        self._call("cuDevicePrimaryCtxRelease", self._device(device))
 
     def pci_address(self, device: int) -> str:
         """See `prefetch.devices.Driver`."""
@@ -87,7 +88,7 @@ class Driver:
 
     def use(self, device: int) -> None:
         """See `prefetch.devices.Driver`."""
-        self._call("cuCtxSetCurrent", self._contexts[device])
+        self._call("cuCtxSetCurrent", self._contexts[device][-1])
 
     def can_register(self, device: int) -> bool:
         """See `prefetch.devices.Driver`."""

@@ -8,46 +8,12 @@ So no buffer changes before its copy is over, and a GPU that is slower than the 
 from __future__ import annotations
 
 import ctypes
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 from prefetch.devices import Driver
-from prefetch.errors import CopyCancelledError, StagingError
+from prefetch.feed import Feed
 from prefetch.pieces import Job
-
-
-class Feed:
-    """The jobs of one copy, handed to its threads in order; the first error ends it for all of them.
-
-    Args:
-        jobs: what to hand out.
-        cancelled: asked before each job, in any of the threads, one at a time; must not block.
-    """
-
-    def __init__(self, jobs: Sequence[Job], cancelled: Callable[[], bool] | None) -> None:
-        self._jobs = iter(jobs)
-        self._cancelled = cancelled
-        self._turn = threading.Lock()
-        self.error: BaseException | None = None
-
-    def __iter__(self) -> Iterator[Job]:
-        while (job := self._next()) is not None:
-            yield job
-
-    def fail(self, error: BaseException) -> None:
-        """Hand out nothing more. The first error is the one that whoever asked for the copy sees."""
-        with self._turn:
-            self.error = self.error or error
-
-    def _next(self) -> Job | None:
-        with self._turn:
-            if self.error is not None:
-                return None
-            if self._cancelled is not None and self._cancelled():
-                self.error = CopyCancelledError("the copy was called off")
-                return None
-            return next(self._jobs, None)
 
 
 class _Buffer:
@@ -84,7 +50,7 @@ class _Buffer:
         self._driver.free(self.address)
 
 
-class Lane:
+class RingLane:
     """One thread's stream and buffers. Its driver's device must be in use by whatever thread calls it.
 
     Args:
@@ -149,15 +115,3 @@ class Lane:
         except BaseException:
             self.is_lost = True
             raise
-
-
-def close_all(lanes: Sequence[Lane]) -> None:
-    """Close lanes; raises the first error once all were closed."""
-    errors: list[StagingError] = []
-    for lane in lanes:
-        try:
-            lane.close()
-        except StagingError as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]

@@ -1,7 +1,8 @@
 """Bytes of files onto a GPU at the speed of its bus: whatever is in the page cache, and whatever is not yet.
 
 What torch does for memory that is not pinned reaches 4 to 8 GB/s where the bus gives 53; copies from pinned memory
-reach the bus, so pinned buffers are what files are read into (see `prefetch.ring`), by several threads at once.
+reach the bus. There are two ways to have weights in such memory: several threads read them into buffers that are pinned
+already (`prefetch.ring`), or the pages they are in are pinned where they are (`prefetch.windows`).
 
 `shared` gives the one pool that a process has for a device. Everything the driver is asked for happens in threads of
 this room: the caller's thread keeps the CUDA context it has.
@@ -9,18 +10,25 @@ this room: the caller's thread keeps the CUDA context it has.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from prefetch.devices import Driver
+from prefetch.direct import Reads
 from prefetch.errors import CopyCancelledError, NoDeviceError, StagingError
-from prefetch.pieces import Job, Piece, jobs_of
-from prefetch.reading import fill
-from prefetch.ring import Feed, Lane, close_all
+from prefetch.feed import Feed, together
+from prefetch.near import processors_near, stay_near
+from prefetch.pieces import Piece, jobs_of
+from prefetch.reading import Sources
+from prefetch.ring import RingLane
+from prefetch.windows import RefusedError, Retirement, WindowLane
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "Copied",
@@ -35,9 +43,9 @@ __all__ = [
     "shared",
 ]
 
-_THREADS: Final = 12
+_RING_THREADS: Final = 12
 
-Way = Literal["ring"]
+Way = Literal["ring", "windows"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,14 +53,20 @@ class StagingConfig:
     """How much memory and how many threads a pool may take.
 
     Attributes:
+        way: how bytes of the page cache are copied; None is whichever is faster here.
         threads: the most that read at once; by default 12, or three quarters of the processors where those are fewer.
-        buffers: of each thread.
+        buffers: of each of them.
         buffer_bytes: of each buffer, a multiple of the page size. All of them are pinned memory: 576 MiB by default.
+        window_threads: the most that pin windows of the page cache at once.
+        window_bytes: of each window, a multiple of the page size.
     """
 
+    way: Way | None = None
     threads: int | None = None
     buffers: int = 3
     buffer_bytes: int = 16 << 20
+    window_threads: int = 4
+    window_bytes: int = 128 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,13 +78,16 @@ class Copied:
         seconds: how long it took.
         way: how they came there.
         threads: that took part.
-        waited_s: how long each of them waited for the GPU, on average; near 0 where reading is what takes so long.
+        past_cache_bytes: how much was read past the page cache.
+        waited_s: how long each of them waited for a buffer that the GPU still read, on average; near 0 where reading is
+            what takes so long.
     """
 
     nbytes: int
     seconds: float
     way: Way
     threads: int
+    past_cache_bytes: int
     waited_s: float
 
 
@@ -91,12 +108,21 @@ class Staging:
         self._device = device
         self._config = config or StagingConfig()
         self._turn = threading.Lock()
-        self._lanes: dict[int, Lane] = {}
+        self._ring: dict[int, RingLane] = {}
+        self._windows: dict[int, WindowLane] = {}
+        self._retirement = Retirement(driver, device)
         self._closed = False
-        self._most_threads = self._config.threads or max(1, min(_THREADS, len(os.sched_getaffinity(0)) * 3 // 4))
         driver.retain(device)
+        self._near = processors_near(driver.pci_address(device))
+        processors = len(os.sched_getaffinity(0) if self._near is None else self._near)
+        self._ring_threads = self._config.threads or max(1, min(_RING_THREADS, processors * 3 // 4))
+        self._way: Way = self._config.way or "ring"
+        if self._way == "windows" and not driver.can_register(device):
+            self._way = "ring"
 
-    def copy(self, pieces: Iterable[Piece], *, cancelled: Callable[[], bool] | None = None) -> Copied:
+    def copy(
+        self, pieces: Iterable[Piece], *, cancelled: Callable[[], bool] | None = None, past_cache: bool = True
+    ) -> Copied:
         """Copy bytes of files to the device; returns once all of them are there, and begins them in their order.
 
         The memory at the pieces' addresses must be ready: whoever has work of the GPU under way that still uses it, as
@@ -105,34 +131,38 @@ class Staging:
         Args:
             pieces: what goes where.
             cancelled: asked before each read, in any thread; once it says yes the copy ends, some of it done.
+            past_cache: read what is not in memory past the page cache, which is faster and leaves it as it was. False
+                is for files that somebody reads into it right now, which would be read twice.
 
         Raises:
             ShortReadError: a file ends before a piece of it does.
+            IntegrityError: a file changed meanwhile.
             CopyCancelledError: it was called off.
             StagingError: the driver failed, or the pool is closed.
             OSError: a file can't be read.
             ValueError: a piece makes no sense.
         """
-        jobs = jobs_of(pieces, self._config.buffer_bytes)
+        pieces = list(pieces)
         with self._turn:
             if self._closed:
                 raise StagingError("the pool is closed")
-            if any(lane.is_lost for lane in self._lanes.values()):
+            if any(lane.is_lost for lane in self._lanes()):
                 raise StagingError("the GPU failed in an earlier copy", mend="start the process anew; nvidia-smi")
             started = time.perf_counter()
-            feed = Feed(jobs, cancelled)
-            threads = min(self._most_threads, len(jobs))
-            waited_s = self._waited_s()
-            _together(lambda number: self._work(number, feed), threads, feed)
-            if feed.error is not None:
-                raise feed.error
-            return Copied(
-                nbytes=sum(span.nbytes for job in jobs for span in job.spans),
-                seconds=time.perf_counter() - started,
-                way="ring",
-                threads=threads,
-                waited_s=(self._waited_s() - waited_s) / max(threads, 1),
-            )
+            sources = Sources(pieces)
+            with Reads(pieces, past_cache=past_cache) as reads:
+                way = self._way if reads.all_resident else "ring"
+                try:
+                    copied = self._copy(pieces, way, reads, cancelled)
+                except RefusedError as error:
+                    sources.check()  # pages of a file that has ended can't be pinned either
+                    log.info("the driver pins no mapped files here, buffers are used: %s", error)
+                    self._way = "ring"
+                    copied = self._copy(pieces, "ring", reads, cancelled)
+                finally:
+                    self._retirement.begin()
+            sources.check()
+            return replace(copied, seconds=time.perf_counter() - started)
 
     def close(self) -> None:
         """Give all memory back, once a copy that is under way has ended; a second call does nothing.
@@ -144,65 +174,60 @@ class Staging:
             if self._closed:
                 return
             self._closed = True
+            self._retirement.finish()
             feed = Feed((), None)
-            _together(lambda _: self._give_back(), 1, feed)
+            together(lambda _: self._give_back(), 1, feed)
             if feed.error is not None:
                 raise feed.error
 
+    def _copy(self, pieces: list[Piece], way: Way, reads: Reads, cancelled: Callable[[], bool] | None) -> Copied:
+        config = self._config
+        jobs = jobs_of(pieces, config.buffer_bytes if way == "ring" else config.window_bytes)
+        threads = min(self._ring_threads if way == "ring" else config.window_threads, len(jobs))
+        feed = Feed(jobs, cancelled)
+        waited_s = self._waited_s()
+        together(lambda number: self._work(way, number, feed, reads), threads, feed)
+        if feed.error is not None:
+            raise feed.error
+        return Copied(
+            nbytes=sum(piece.nbytes for piece in pieces),
+            seconds=0,
+            way=way,
+            threads=threads,
+            past_cache_bytes=reads.past_cache_bytes,
+            waited_s=(self._waited_s() - waited_s) / max(threads, 1),
+        )
+
+    def _work(self, way: Way, number: int, feed: Feed, reads: Reads) -> None:
+        """What each thread of a copy does. Its lane is its own work, too: memory is pinned by all of them at once."""
+        stay_near(self._near)
+        self._driver.use(self._device)
+        if way == "ring":
+            ring = self._ring.get(number)
+            if ring is None:
+                ring = self._ring[number] = RingLane(self._driver, self._config.buffers, self._config.buffer_bytes)
+            ring.run(feed, reads.read)
+        else:
+            windows = self._windows.get(number)
+            if windows is None:
+                windows = self._windows[number] = WindowLane(self._driver, self._retirement.add)
+            windows.run(feed)
+
+    def _lanes(self) -> list[RingLane | WindowLane]:
+        return [*self._ring.values(), *self._windows.values()]
+
     def _waited_s(self) -> float:
-        return sum(lane.waited_s for lane in self._lanes.values())
+        return sum(lane.waited_s for lane in self._ring.values())
 
     def _give_back(self) -> None:
         self._driver.use(self._device)
         try:
-            close_all(list(self._lanes.values()))
+            for lane in self._lanes():
+                lane.close()
         finally:
-            self._lanes.clear()
+            self._ring.clear()
+            self._windows.clear()
             self._driver.release(self._device)
-
-    def _work(self, number: int, feed: Feed) -> None:
-        self._driver.use(self._device)
-        if (lane := self._lanes.get(number)) is None:
-            # Made by its own thread, so that memory is pinned by all at once, and near to who writes it.
-            lane = self._lanes[number] = Lane(self._driver, self._config.buffers, self._config.buffer_bytes)
-        lane.run(feed, _read)
-
-
-def _read(job: Job, memory: memoryview) -> None:
-    fill(job.fd, memory[: job.nbytes], job.offset)
-
-
-def _together(work: Callable[[int], None], threads: int, feed: Feed) -> None:
-    """Have threads work and wait for all of them, whatever comes; the first error goes to the feed.
-
-    Ctrl-C ends the feed as an error does and is raised once no thread works any more: until then the GPU may read.
-    """
-
-    def one(number: int) -> None:
-        try:
-            work(number)
-        except BaseException as error:  # noqa: BLE001  handed on by the feed
-            feed.fail(error)
-
-    started = []
-    interruption: BaseException | None = None
-    try:
-        for number in range(threads):
-            thread = threading.Thread(target=one, args=(number,), name=f"staging-{number}", daemon=True)
-            thread.start()
-            started.append(thread)
-    except BaseException as error:  # noqa: BLE001  raised below
-        feed.fail(error)
-        interruption = error
-    while started:
-        try:
-            started[-1].join()
-            started.pop()
-        except BaseException as error:  # noqa: BLE001  raised below
-            feed.fail(error)
-            interruption = interruption or error
-    if interruption is not None:
-        raise interruption
 
 
 _shared: dict[int, Staging] = {}

@@ -1,4 +1,4 @@
-"""Changing what is in a store's packs: removing what no snapshot needs, mending indexes, another master key.
+"""Changing what is in a store's packs: removing what no snapshot needs, and mending indexes.
 
 All of it holds the exclusive lock. At each moment the folder is one that can be used: what is new has its name, and is
 on the disk, before what it replaces goes.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -17,10 +16,9 @@ from typing import Final
 from checkpoint import guarded
 from checkpoint.chunks import pack
 from checkpoint.chunks.catalogue import Catalogue, OpenPack
-from checkpoint.chunks.folder import DRAFT, INDEX, KEY, PACK, Folder, Pack, read, walked, write, write_at
-from checkpoint.chunks.keys import MasterKey
+from checkpoint.chunks.folder import INDEX, KEY, PACK, Folder, Pack, read, walked
 from checkpoint.chunks.pack import Table
-from checkpoint.chunks.sealing import ENVELOPE_BYTES, Envelope, Kind, key_id_of, rewrapped
+from checkpoint.chunks.sealing import ENVELOPE_BYTES, Envelope, key_id_of
 from checkpoint.chunks.writing import PackWriter
 from checkpoint.errors import CheckpointError, CorruptError
 
@@ -132,44 +130,6 @@ def rebuild(folder: Folder) -> Rebuilt:
         return Rebuilt(chunks=chunks, lost=lost, faults=faults)
 
 
-def rotate(folder: Folder, new: MasterKey) -> dict[str, CheckpointError]:
-    """Wrap every key of the folder with another master key; no chunk is written. Interrupted, it can be done again.
-
-    First all opens with either key, then the old one opens nothing. Who has a copy of the old envelopes and the old key
-    still reads what was sealed until now.
-
-    Args:
-        folder: that has the old master key.
-        new: the other one.
-
-    Returns:
-        The packs that neither key opens, by name; they are left as they are.
-
-    Raises:
-        RetryError: somebody adds chunks.
-        CorruptError: the store has neither key.
-        CheckpointError: the folder can't be written.
-    """
-    old = folder.master
-    if old is None:
-        raise ValueError("what is not encrypted has no key to change")
-    with folder.locked(fcntl.LOCK_EX, _WAIT_S):
-        folder.sweep()
-        path = folder.at(KEY)
-        key = rewrapped(read(path, ENVELOPE_BYTES), Kind.STORE, old, new, path)
-        faults: dict[str, CheckpointError] = {}
-        for name in folder.packs():
-            try:
-                _add_envelope(folder.at(name), old, new)
-            except CorruptError as e:
-                faults[name] = e
-        _replace(folder, KEY, key)
-        for name in folder.packs():
-            if name not in faults:
-                _clear_envelopes(folder.at(name), new)
-        return faults
-
-
 def _needed(packs: list[Pack], wanted: set[bytes]) -> list[tuple[Pack, list[int]]]:
     """The records of each pack that are needed; where several packs have a chunk, that of the fullest one."""
     counts = {found.path: sum(head.id in wanted for head in found.table) for found in packs}
@@ -233,7 +193,7 @@ def _replace_index(folder: Folder, name: str, envelope: Envelope, table: Table) 
             return
     except CheckpointError:
         pass
-    _replace(folder, index, pack.encode_index(envelope, table))
+    folder.replace(index, pack.encode_index(envelope, table))
 
 
 def _remove_damaged_key(folder: Folder) -> None:
@@ -242,47 +202,6 @@ def _remove_damaged_key(folder: Folder) -> None:
         content = read(folder.at(KEY), ENVELOPE_BYTES + 1)
         if len(content) != ENVELOPE_BYTES or key_id_of(content) is None:
             folder.remove([KEY])
-
-
-def _add_envelope(path: str, old: MasterKey, new: MasterKey) -> None:
-    """Have a pack open with both keys."""
-    start = read(path, pack.START)
-    at = pack.slot_to_fill(start, old, new)
-    if at is None:
-        pack.decode_start(start, new, path)
-    else:
-        _overwrite(path, [at], pack.decode_start(start, old, path).wrapped(new))
-
-
-def _clear_envelopes(path: str, new: MasterKey) -> None:
-    """Have a pack open with the new key alone."""
-    _overwrite(path, pack.slots_to_clear(read(path, pack.START), new), bytes(ENVELOPE_BYTES))
-
-
-def _overwrite(path: str, slots: list[int], content: bytes) -> None:
-    if not slots:
-        return
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            for at in slots:
-                write_at(fd, [content], at)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except OSError as e:
-        raise guarded.unwritable(path, e) from e
-
-
-def _replace(folder: Folder, name: str, content: bytes) -> None:
-    """Write a file under another name, and give it its own when it is on the disk."""
-    draft = folder.at(f"{DRAFT}{secrets.token_hex(8)}")
-    write(draft, content)
-    try:
-        os.rename(draft, folder.at(name))
-    except OSError as e:
-        raise guarded.unwritable(folder.at(name), e) from e
-    folder.sync()
 
 
 def _nbytes(folder: Folder) -> int:

@@ -123,8 +123,7 @@ class Folder:
         """The same; makes it where there is none, taken from a pack where there are some. The lock must be held."""
         while (found := self.digest_key()) is None:
             envelope = Envelope.new(Kind.STORE, self.master, self._digest_key_of_packs())
-            draft = self.at(f"{DRAFT}{secrets.token_hex(8)}")
-            write(draft, envelope.wrapped(self.master))
+            draft = self.draft(envelope.wrapped(self.master))
             try:
                 os.link(draft, self.at(KEY))  # which, unlike rename, never replaces one
                 os.unlink(draft)
@@ -173,6 +172,29 @@ class Folder:
                 f"has {nbytes} bytes, not the {table.pack_nbytes} written", path=path, mend="weightfs snapshot recover"
             )
         return Pack(path=path, envelope=envelope, table=table)
+
+    def replace(self, name: str, content: bytes) -> None:
+        """Write an entry, or another one in its place when that is on the disk; with the exclusive lock.
+
+        Raises:
+            CheckpointError: it can't be written.
+        """
+        draft = self.draft(content)
+        try:
+            os.rename(draft, self.at(name))
+        except OSError as e:
+            raise guarded.unwritable(self.at(name), e) from e
+        self.sync()
+
+    def draft(self, content: bytes) -> str:
+        """The path of a new file that is on the disk, to be renamed; swept where whoever wrote it dies before.
+
+        Raises:
+            CheckpointError: it can't be written.
+        """
+        path = self.at(f"{DRAFT}{secrets.token_hex(8)}")
+        write(path, content)
+        return path
 
     def remove(self, names: Sequence[str]) -> None:
         """Remove entries; with the exclusive lock.

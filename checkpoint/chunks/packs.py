@@ -9,18 +9,19 @@ import contextlib
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Final
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, Final
 
-from checkpoint.chunks import collecting
+from checkpoint.chunks import collecting, rotating
 from checkpoint.chunks.catalogue import Catalogue, GoneError
 from checkpoint.chunks.collecting import Pruned, Rebuilt
 from checkpoint.chunks.folder import Folder
 from checkpoint.chunks.keys import MasterKey
+from checkpoint.chunks.rotating import Rotated
 from checkpoint.chunks.writing import Added, PackWriter
 from checkpoint.errors import CheckpointError, CorruptError
 
-__all__ = ["Added", "PackWriter", "Packs", "Pruned", "Rebuilt"]
+__all__ = ["Added", "PackWriter", "Packs", "Pruned", "Rebuilt", "Rotated"]
 
 _BEGIN_S: Final = 60.0
 _ANEW: Final = "make the snapshot anew"
@@ -80,11 +81,11 @@ class Packs:
         """Read every chunk, and make indexes anew that name those which are whole; see `collecting.rebuild`."""
         return collecting.rebuild(self.folder)
 
-    def rotate(self, new: MasterKey) -> dict[str, CheckpointError]:
-        """Wrap every key with another master key, which is this one's from now on; see `collecting.rotate`."""
-        faults = collecting.rotate(self.folder, new)
+    def rotate(self, new: MasterKey, every_object: rotating.Objects = rotating.none) -> Rotated:
+        """Wrap every key with another master key, which is this one's from now on; see `rotating.rotate`."""
+        rotated = rotating.rotate(self.folder, new, every_object)
         self.folder = Folder(self.folder.path, new)
-        return faults
+        return rotated
 
     @property
     def digest_key(self) -> bytes:
@@ -125,6 +126,16 @@ class Packs:
                     raise self._missing(id_, catalogue) from e
             # It may have been moved more than once meanwhile, or added after another thread had looked.
             catalogue, is_new = self._found_after(catalogue)
+
+    def get_all(self, ids: Sequence[bytes]) -> list[Any]:
+        """Whole chunks, in that order, with as few calls as can be; errors are those of `read`.
+
+        Each has the buffer protocol. Chunks that follow one another may do so in memory as well.
+        """
+        try:
+            return self._found().get_all(ids)
+        except GoneError:  # one by one they are looked up again
+            return [self.get(id_) for id_ in ids]
 
     def prefetch(self, ids: Collection[bytes]) -> int:
         """Have the kernel read chunks ahead; gives how many bytes. Those that are not there are left out."""

@@ -226,31 +226,6 @@ def unwrapped(content: bytes, kind: Kind, master: MasterKey | None, path: str) -
     return Envelope(kind=kind, cipher=cipher, id=found_id, data_key=keys[:KEY_BYTES], digest_key=keys[KEY_BYTES:])
 
 
-def seal_object(master: MasterKey | None, digest_key: bytes, content: bytes, bound: bytes) -> bytes:
-    """An object that is sealed whole, as a snapshot's recipes are.
-
-    Args:
-        master: None where nothing is encrypted.
-        digest_key: of the store it belongs to.
-        content: what is sealed.
-        bound: what must be given again to open it, as the snapshot's name and id.
-    """
-    envelope = Envelope.new(Kind.OBJECT, master, digest_key)
-    return envelope.wrapped(master) + envelope.sealer("object").seal(bytes(NONCE_BYTES), content, bound)
-
-
-def open_object(master: MasterKey | None, digest_key: bytes, content: bytes, bound: bytes, path: str) -> bytes:
-    """What `seal_object` sealed.
-
-    Raises:
-        CorruptError: it is not what was written, is of another store or bound to something else, or the key is another.
-    """
-    envelope = unwrapped(content, Kind.OBJECT, master, path)
-    if not hmac.compare_digest(envelope.digest_key, digest_key):
-        raise CorruptError("belongs to another store", path=path, mend=_ANEW)
-    return envelope.sealer("object").open(bytes(NONCE_BYTES), memoryview(content)[ENVELOPE_BYTES:], bound, path)
-
-
 def rewrapped(content: bytes, kind: Kind, old: MasterKey, new: MasterKey, path: str) -> bytes:
     """The same content under a new master key; unchanged where it has that already.
 

@@ -14,7 +14,8 @@ import pytest
 from checkpoint.chunks import collecting, pack, writing
 from checkpoint.chunks.packs import Packs
 from checkpoint.errors import CorruptError, RetryError
-from tests.helpers.dying_chunks import KEPT, MASTER, NEW, NEW_MASTER, OLD, PACK_BYTES, fill
+from tests.helpers.dying import MASTER, NEW_MASTER
+from tests.helpers.dying_chunks import KEPT, NEW, OLD, PACK_BYTES, fill
 
 MOST = 120
 """More calls than any of them makes."""
@@ -25,7 +26,7 @@ from pathlib import Path
 from checkpoint.chunks import collecting, pack, writing
 from checkpoint.chunks.packs import Packs
 from checkpoint.errors import RetryError
-from tests.helpers.dying_chunks import MASTER
+from tests.helpers.dying import MASTER
 path, seed, seconds = sys.argv[1:]
 writing.PACK_BYTES, collecting._WAIT_S = 20_000, 0.5
 choose, until, done = random.Random(seed), time.monotonic() + float(seconds), {}
@@ -88,7 +89,7 @@ def test_the_chunks_are_there_wherever_it_is_killed(
         # And it can be done again.
         packs = Packs(str(store), MASTER)
         if action == "rotate":
-            assert packs.rotate(NEW_MASTER) == {}
+            assert packs.rotate(NEW_MASTER).faults == {}
         live = [pack.digest(packs.digest_key, content) for content in KEPT]
         assert packs.rebuild().lost == {}
         assert packs.prune(lambda live=live: live).faults == {}  # type: ignore[misc]

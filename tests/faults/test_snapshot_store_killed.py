@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.store import CHUNKS_OPEN, Store
+from checkpoint.chunks.keys import MasterKey
+from checkpoint.errors import CorruptError
+from checkpoint.rotation import rotate
+from checkpoint.store import CHUNKS, CHUNKS_OPEN, Store
+from tests.helpers.dying import MASTER, NEW_MASTER
 from tests.helpers.snapshots import add, add_chunked
 
 MOST = 80
@@ -72,6 +76,52 @@ def test_chunks_are_whole_wherever_their_collection_is_killed(tmp_path: Path) ->
         store.collect(None)
         assert sum(name.endswith(".pack") for name in os.listdir(os.path.join(store.path, CHUNKS_OPEN))) == 1
         assert store.verify("warm").manifest.generation == 7
+
+
+def test_one_of_both_keys_opens_everything_wherever_a_change_of_keys_is_killed(tmp_path: Path) -> None:
+    stores = [Store(str(tmp_path / str(number))) for number in range(MOST)]
+    for name in ("warm", "other"):
+        add_chunked(stores[0], name, master=MASTER, images={"pages-1.img": os.urandom(1 << 14)})
+    add_chunked(stores[0], "open", images={"pages-1.img": os.urandom(1 << 14)})
+    add(stores[0], "plain")
+    copy(stores)
+    command = [sys.executable, "-m", "tests.helpers.dying", str(tmp_path), "rotate"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    last = int(done.stdout)
+    assert last > 20
+    found = []
+    for store in stores[: last + 1]:
+        assert [one.fault for one in store.list() if one.fault] == []
+        found.append([key for key in (MASTER, NEW_MASTER) if opens(store, key)])
+        # With the key that opens it a snapshot can be made and removed, and the change be done again.
+        (key,) = found[-1]
+        add_chunked(store, "meanwhile", master=key)
+        store.remove("meanwhile")
+        store.collect(key)
+        assert rotate(store, MASTER, NEW_MASTER).faults == {}
+        assert opens(store, NEW_MASTER)
+        assert not opens(store, MASTER)
+        store.verify("open")
+        store.verify("plain")
+        assert sorted(os.listdir(os.path.join(store.path, "warm"))) == ["manifest.json", "recipes"]
+        assert not [name for name in os.listdir(os.path.join(store.path, CHUNKS)) if name.startswith(".")]
+    assert found == sorted(found, key=lambda one: one == [NEW_MASTER])
+    assert found[0] == [MASTER]
+    assert found[-1] == [NEW_MASTER]
+
+
+def opens(store: Store, key: MasterKey) -> bool:
+    """Whether a key opens both snapshots; one alone would be half of the store."""
+    opened = []
+    for name in ("warm", "other"):
+        try:
+            store.verify(name, key)
+        except CorruptError:
+            continue
+        opened.append(name)
+    assert len(opened) in (0, 2)
+    return bool(opened)
 
 
 def test_what_is_alive_is_not_left_over(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Commits or removes a snapshot again and again, killed one system call later each time.
+"""Commits or removes a snapshot, or changes the key, again and again, killed one system call later each time.
 
 Run as `python -m tests.helpers.dying FOLDER ACTION`. The stores `FOLDER/0`, `FOLDER/1` and so on exist; the process
 that works on the store of a number is killed instead of making the call of that number. Says the number of the first
@@ -11,13 +11,18 @@ import os
 import shutil
 import signal
 import sys
+import traceback
+from collections.abc import Callable
 from typing import Any
 
+from checkpoint.chunks.keys import MasterKey
+from checkpoint.rotation import rotate
 from checkpoint.store import Store
 from tests.helpers.snapshots import add, add_chunked
 from weightfs import linux
 
 CALLS = ("mkdir", "open", "chmod", "fsync", "link", "rename", "unlink", "rmdir", "write", "pwrite", "pwritev")
+MASTER, NEW_MASTER = MasterKey(secret=bytes(range(32))), MasterKey(secret=bytes(range(1, 33)))
 NEW = {"core-1.img": b"new", "pages-1.img": b"pages" * 10_000, "dump.log": b""}
 
 
@@ -48,19 +53,30 @@ def act(path: str, action: str, number: int) -> None:
         Store(path).remove("warm")
     elif action == "collect":
         Store(path).collect(None)
+    elif action == "rotate":
+        rotate(Store(path), MASTER, NEW_MASTER)
     else:
         how = add_chunked if action.startswith("chunked") else add
         how(Store(path), "warm", images=NEW, replace=action.endswith("replace"), generation=1)
     assert count[0] == number
 
 
-def main() -> None:
+def each_dies(act: Callable[[str, str, int], None]) -> None:
+    """Have a process of its own act on each folder, until one lives to its end; then say its number.
+
+    Args:
+        act: gets the folder, the action and the number of the call it dies instead of.
+    """
     folder, action = sys.argv[1:]
     for number in range(len(os.listdir(folder))):
         pid = os.fork()  # no thread runs here
         if pid == 0:
-            act(os.path.join(folder, str(number)), action, number)
-            return
+            try:
+                act(os.path.join(folder, str(number)), action, number)
+            except BaseException:  # noqa: BLE001  # a fork that goes on would be another test
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
         _, status = os.waitpid(pid, 0)
         code = os.waitstatus_to_exitcode(status)
         if code != -signal.SIGKILL:
@@ -69,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    each_dies(act)

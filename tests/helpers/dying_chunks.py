@@ -6,18 +6,13 @@ those of `OLD`, of which `KEPT` are needed.
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import sys
 from pathlib import Path
 
 from checkpoint.chunks import pack, writing
-from checkpoint.chunks.keys import MasterKey
 from checkpoint.chunks.packs import Packs
-from tests.helpers.dying import die_at
+from tests.helpers.dying import MASTER, NEW_MASTER, die_at, each_dies
 
-MASTER, NEW_MASTER = MasterKey(secret=bytes(range(32))), MasterKey(secret=bytes(range(1, 33)))
 CHOOSE = random.Random(1)
 OLD = [CHOOSE.randbytes(3000) for _ in range(12)]
 KEPT = OLD[::4]
@@ -54,21 +49,6 @@ def act(path: str, action: str, number: int) -> None:
     assert count[0] == number
 
 
-def main() -> None:
-    """Fork, act, look how it ended."""
-    folder, action = sys.argv[1:]
-    setattr(writing, "PACK_BYTES", PACK_BYTES)  # noqa: B010  # it is Final
-    for number in range(len(os.listdir(folder))):
-        pid = os.fork()  # no thread runs here
-        if pid == 0:
-            act(os.path.join(folder, str(number)), action, number)
-            os._exit(0)
-        _, status = os.waitpid(pid, 0)
-        code = os.waitstatus_to_exitcode(status)
-        if code != -signal.SIGKILL:
-            print(number)
-            sys.exit(code)
-
-
 if __name__ == "__main__":
-    main()
+    setattr(writing, "PACK_BYTES", PACK_BYTES)  # noqa: B010  # it is Final
+    each_dies(act)

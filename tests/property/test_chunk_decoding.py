@@ -10,7 +10,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint.chunks import pack, sealing
+from checkpoint.chunks import objects, pack, sealing
 from checkpoint.chunks.keys import MasterKey
 from checkpoint.chunks.pack import Head, Table
 from checkpoint.chunks.sealing import Cipher, Envelope, Kind, Sealer
@@ -87,7 +87,7 @@ def test_envelopes(content: bytes) -> None:
         with pytest.raises(CorruptError):
             pack.decode_start(content, master, "p")
         with pytest.raises(CorruptError):
-            sealing.open_object(master, bytes(32), content, b"", "p")
+            objects.open_(master, bytes(32), content, b"", "p")
 
 
 @given(st.sampled_from(Kind), st.integers(0, 255), st.binary(min_size=8, max_size=8), st.booleans())
@@ -138,30 +138,53 @@ def test_what_is_sealed_is_opened_or_not_at_all(
 
 @pytest.mark.parametrize("master", [None, MASTER])
 def test_objects_are_bound(master: MasterKey | None) -> None:
-    sealed = sealing.seal_object(master, bytes(32), b"recipes", b"warm 1")
-    assert sealing.open_object(master, bytes(32), sealed, b"warm 1", "p") == b"recipes"
+    sealed = objects.seal(master, bytes(32), b"recipes", b"warm 1")
+    assert objects.open_(master, bytes(32), sealed, b"warm 1", "p") == b"recipes"
     with pytest.raises(CorruptError):
-        sealing.open_object(master, bytes(32), sealed, b"warm 2", "p")
+        objects.open_(master, bytes(32), sealed, b"warm 2", "p")
     with pytest.raises(CorruptError, match="another store"):
-        sealing.open_object(master, bytes([1] * 32), sealed, b"warm 1", "p")
+        objects.open_(master, bytes([1] * 32), sealed, b"warm 1", "p")
     with pytest.raises(CorruptError, match="encrypted"):
-        sealing.open_object(MASTER if master is None else None, bytes(32), sealed, b"warm 1", "p")
+        objects.open_(MASTER if master is None else None, bytes(32), sealed, b"warm 1", "p")
 
 
 def test_objects_get_another_key() -> None:
-    new = MasterKey(secret=bytes(range(2, 34)))
-    sealed = sealing.seal_object(MASTER, bytes(32), b"recipes", b"warm 1")
-    changed = sealing.rewrapped(sealed, Kind.OBJECT, MASTER, new, "p")
-    assert sealing.open_object(new, bytes(32), changed, b"warm 1", "p") == b"recipes"
-    assert changed[sealing.ENVELOPE_BYTES :] == sealed[sealing.ENVELOPE_BYTES :]
-    assert sealing.rewrapped(changed, Kind.OBJECT, MASTER, new, "p") == changed
-    for master in (MASTER, None):
+    new, later = MasterKey(secret=bytes(range(2, 34))), MasterKey(secret=bytes(32))
+    sealed = objects.seal(MASTER, bytes(32), b"recipes", b"warm 1")
+    both = objects.opening_with_both(sealed, MASTER, new, "p")
+    assert objects.opening_with_both(both, MASTER, new, "p") == both
+    changed = objects.opening_with_one(both, new, "p")
+    assert changed.endswith(sealed[sealing.ENVELOPE_BYTES :])
+    assert len(changed) == len(sealed)
+    assert objects.opening_with_both(changed, MASTER, new, "p") == changed
+    # What was interrupted with another key is not in the way.
+    third = objects.opening_with_both(both, new, later, "p")
+    for content, opens in ((sealed, {MASTER}), (both, {MASTER, new}), (changed, {new}), (third, {new, later})):
+        for master in (MASTER, new, later, None):
+            if master in opens:
+                assert objects.open_(master, bytes(32), content, b"warm 1", "p") == b"recipes"
+            else:
+                with pytest.raises(CorruptError):
+                    objects.open_(master, bytes(32), content, b"warm 1", "p")
+    for broken in (sealed[1:], sealed[: sealing.ENVELOPE_BYTES - 1], b""):
         with pytest.raises(CorruptError):
-            sealing.open_object(master, bytes(32), changed, b"warm 1", "p")
+            objects.opening_with_both(broken, MASTER, new, "p")
     with pytest.raises(CorruptError):
-        sealing.rewrapped(sealed, Kind.OBJECT, new, MasterKey(secret=bytes(32)), "p")
+        objects.opening_with_both(sealed, new, later, "p")
     with pytest.raises(CorruptError):
-        sealing.rewrapped(sealed, Kind.PACK, MASTER, new, "p")
+        objects.opening_with_one(sealed, new, "p")
+
+
+def test_a_key_is_wrapped_with_another_one() -> None:
+    new = MasterKey(secret=bytes(range(2, 34)))
+    wrapped = Envelope.new(Kind.STORE, MASTER, bytes(32)).wrapped(MASTER)
+    changed = sealing.rewrapped(wrapped, Kind.STORE, MASTER, new, "p")
+    assert sealing.unwrapped(changed, Kind.STORE, new, "p").digest_key == bytes(32)
+    assert sealing.rewrapped(changed, Kind.STORE, MASTER, new, "p") == changed
+    with pytest.raises(CorruptError):
+        sealing.rewrapped(wrapped, Kind.STORE, new, MasterKey(secret=bytes(32)), "p")
+    with pytest.raises(CorruptError):
+        sealing.rewrapped(wrapped, Kind.PACK, MASTER, new, "p")
 
 
 def test_processors_without_instructions_for_it_use_chacha(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from prefetch.errors import CopyCancelledError, NoDeviceError, StagingError
 from prefetch.staging import Piece, Staging, StagingConfig
 from tests.helpers.driver_double import DriverDouble
 from tests.unit.support import within
-from weightfs.errors import ShortReadError
+from weightfs.errors import IntegrityError, ShortReadError
 
 BUFFER = 64 << 10
 CONFIG = StagingConfig(threads=3, buffers=2, buffer_bytes=BUFFER)
@@ -165,6 +165,17 @@ def test_a_closed_pool_refuses(driver: DriverDouble, fd: int) -> None:
     with pytest.raises(StagingError, match="closed"):
         pool.copy([Piece(fd, 0, 10, driver.device_memory(10))])
     driver.check()
+
+
+def test_a_file_that_changes_meanwhile_is_an_error(
+    staging: Staging, driver: DriverDouble, fd: int, content: bytes, tmp_path: Path
+) -> None:
+    def touch() -> bool:
+        os.utime(tmp_path / "weights", (1, 1))
+        return False
+
+    with pytest.raises(IntegrityError, match="changed while it was copied"):
+        staging.copy([Piece(fd, 0, len(content), driver.device_memory(len(content)))], cancelled=touch)
 
 
 def test_a_device_that_is_not_there(driver: DriverDouble) -> None:

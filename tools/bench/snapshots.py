@@ -9,8 +9,8 @@ the phases of CRIU, of memory and of verification. Needs root and CRIU.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -22,7 +22,8 @@ from typing import Any, Final
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
-from _harness import MIB, WEIGHTFS, Report, Samples, alternate, mounted, parser, workplace, write_file
+from _harness import Report, Samples, alternate
+from _snapshotting import begun, call, run
 
 from checkpoint import control, criu_command
 from checkpoint.criu import find_criu
@@ -46,7 +47,6 @@ _RESTORE_S: Final = 0.5
 _SIZE: Final = 1.1
 _OVERHEAD_MS: Final = 150
 _NOT_OURS: Final = ("criu restore", "memory", "verify")
-_STARTED_S: Final = 120
 
 
 class Bench:
@@ -65,21 +65,8 @@ class Bench:
         self._criu = find_criu()
         self.created: list[dict[str, Any]] = []
         self.restored: list[dict[str, Any]] = []
-        ready = os.path.join(place, "ready")
-        with open(self._log, "ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, weights, str(heap_mib), ready],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        self._process = begun(PROGRAM, [weights, heap_mib], place, self._log)
         self.pid = self._process.pid
-        until = time.monotonic() + _STARTED_S
-        while not os.path.exists(ready):
-            if self._process.poll() is not None or time.monotonic() > until:
-                raise SystemExit(f"the process is not ready: see {self._log}")
-            time.sleep(0.01)
 
     def close(self) -> None:
         """End the process, the original or the restored."""
@@ -139,18 +126,8 @@ class Bench:
             time.sleep(0.005)
 
     def _command(self, arguments: list[str], into: list[dict[str, Any]]) -> float:
-        argv = [WEIGHTFS, "snapshot", *arguments, "--store", self._store, "--no-encrypt", "--json"]
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        environment["PYTHONPYCACHEPREFIX"] = os.path.join(self._place, "bytecode")
-        started = time.perf_counter()
-        done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=environment
-        )
-        took = time.perf_counter() - started
-        if done.returncode:
-            raise SystemExit(f"{' '.join(argv)}: status {done.returncode}: {done.stderr}")
-        into.append({**json.loads(done.stdout), "took": took})
-        return took
+        into.append(call(self._place, [*arguments, "--store", self._store, "--no-encrypt"]))
+        return float(into[-1]["took"])
 
 
 def _timed(argv: list[str], pass_fds: tuple[int, ...] = ()) -> float:
@@ -219,27 +196,13 @@ def restores(report: Report, it: Bench, rounds: int) -> None:
     report.extra["phases"] = {"create": it.created[-1]["phases"], "restore": verified[-1]["phases"]}
 
 
-def main() -> None:
-    """Run it."""
-    options = parser(__doc__ or "")
-    options.set_defaults(size=3072)
-    options.add_argument("--heap", type=int, default=300, metavar="MIB", help="of the process (default 300 MiB)")
-    given = options.parse_args()
-    if os.geteuid():
-        raise SystemExit("snapshots need root")
-    report = Report("snapshots", given)
-    with workplace(given.folder) as place:
-        source = os.path.join(place, "source")
-        os.mkdir(source)
-        write_file(os.path.join(source, "weights.bin"), given.size * MIB)
-        with mounted(source, place) as mount:
-            report.describe(mount)
-            with bench(place, os.path.join(mount.path, "weights.bin"), given.heap) as it:
-                dumps(report, it, given.rounds)
-                it.leave()
-                restores(report, it, given.rounds)
-    report.finish()
+def measured(report: Report, given: argparse.Namespace, place: str, weights: str) -> None:
+    """All rows, with a process of their own."""
+    with bench(place, weights, given.heap) as it:
+        dumps(report, it, given.rounds)
+        it.leave()
+        restores(report, it, given.rounds)
 
 
 if __name__ == "__main__":
-    main()
+    run("snapshots", __doc__ or "", measured, size=3072)

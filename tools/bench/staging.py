@@ -10,6 +10,7 @@ all settings are tried, from a mount the default ones. Rows:
     ceiling        from one pinned buffer of 256 MiB, again and again
     reads alone    as many threads read into buffers of as many bytes, and nothing is copied
     ring           the pool's pinned buffers: threads x buffers x size of each
+    windows        parts of the files pinned where they are: threads x size of each
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ RINGS: Final = [
         (12, 3, 4), (16, 3, 4), (12, 2, 2),
     )
 ]  # fmt: skip
+
+
+WINDOWS: Final = [
+    (threads, mib << 20) for threads, mib in ((4, 64), (4, 128), (4, 256), (8, 64), (4, 16), (8, 16), (12, 32))
+]
 
 
 class Gpu(Protocol):
@@ -113,6 +119,7 @@ class Row:
     """One setting."""
 
     what: str
+    way: str | None
     source: str
     threads: int
     buffers: int
@@ -258,7 +265,7 @@ class Bench:
             best_gb_s=round(best, 2),
             median_gb_s=round(statistics.median(samples), 2),
             of_ceiling=round(statistics.median(samples) / self.ceiling_gb_s, 3) if self.ceiling_gb_s else None,
-            **{"first_gb_s": None, "waited_share": None, "same_bytes": None, **more},
+            **{"way": None, "first_gb_s": None, "waited_share": None, "same_bytes": None, **more},
         )
         self.rows.append(row)
         print(
@@ -295,8 +302,9 @@ class Bench:
             source,
             samples,
             threads=found.threads,
-            buffers=config.buffers,
-            buffer_mib=config.buffer_bytes / MIB,
+            buffers=config.buffers if found.way == "ring" else 1,
+            buffer_mib=(config.buffer_bytes if found.way == "ring" else config.window_bytes) / MIB,
+            way=found.way,
             first_gb_s=round(first, 2),
             waited_share=round(found.waited_s / found.seconds, 3),
             same_bytes=same,
@@ -338,13 +346,17 @@ def main() -> None:
             rates = reads_alone(paths, threads, buffer_bytes)
             bench.add("reads alone", "bare", rates, threads=threads, buffers=3, buffer_mib=buffer_bytes / MIB)
         for threads, buffers, buffer_bytes in RINGS:
-            config = StagingConfig(threads=threads, buffers=buffers, buffer_bytes=buffer_bytes)
-            bench.pool("ring", "bare", paths, config)
+            ring = StagingConfig(way="ring", threads=threads, buffers=buffers, buffer_bytes=buffer_bytes)
+            bench.pool("ring", "bare", paths, ring)
+        for threads, window_bytes in WINDOWS:
+            windows = StagingConfig(way="windows", window_threads=threads, window_bytes=window_bytes)
+            bench.pool("windows", "bare", paths, windows)
         bench.pool("default", "bare", paths, StagingConfig())
         if not given.no_mount:
             with mounted(source, place) as point:
                 through = [os.path.join(point, os.path.basename(path)) for path in paths]
                 bench.pool("default", "mount", through, StagingConfig())
+                bench.pool("windows", "mount", through, StagingConfig(way="windows"))
     document = {
         "schema": 1,
         "name": "staging",

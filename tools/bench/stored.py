@@ -2,23 +2,24 @@
 
 The process has `--size` MiB of weights (1024 by default), which it has copied from a mount into memory of its own, and
 `--heap` MiB of which half are compressible as a Python heap is, a quarter are zeros, and a quarter are random. It is
-snapshotted three times: plain, not encrypted, encrypted; and each is restored in turns. Bare is CRIU reading plain
-images back. Commands are run as a user does, and tell their phases. Needs root, CRIU and userfaultfd.
+snapshotted three times: plain, not encrypted, encrypted; and two are restored in turns: first CRIU reading plain images
+back (bare) and the encrypted one, then the one that is not encrypted (bare) and the encrypted one. Commands are run as
+a user does, and tell their phases. Needs root, CRIU and userfaultfd.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
 import signal
-import subprocess
 import sys
 import time
 from typing import Any, Final
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
-from _harness import MIB, WEIGHTFS, Report, alternate, mounted, parser, workplace, write_file
+from _harness import Report, alternate
+from _snapshotting import begun, call, new_key, run
 
 from checkpoint.processes import start_ticks
 
@@ -43,7 +44,7 @@ while True:
     signal.pause()
 """
 _ENCRYPTION: Final = 1.1
-_STARTED_S: Final = 300
+_PLAIN: Final = round(1 / 3, 2)
 
 
 class Bench:
@@ -56,26 +57,11 @@ class Bench:
     """
 
     def __init__(self, place: str, weights: str, heap_mib: int) -> None:
+        self._place = place
         self._store = os.path.join(place, "snapshots")
         self._log = os.path.join(place, "process.log")
-        key = os.path.join(place, "key")
-        with open(os.open(key, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
-            file.write(os.urandom(32))
-        self._keys = {"encrypted": ["--key-file", key]}
-        ready = os.path.join(place, "ready")
-        with open(self._log, "ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, weights, str(heap_mib), ready],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        until = time.monotonic() + _STARTED_S
-        while not os.path.exists(ready):
-            if self._process.poll() is not None or time.monotonic() > until:
-                raise SystemExit(f"the process is not ready: see {self._log}")
-            time.sleep(0.01)
+        self._keys = {"encrypted": new_key(place)}
+        self._process = begun(PROGRAM, [weights, heap_mib], place, self._log)
 
     def close(self) -> None:
         """End the process, the original or the restored."""
@@ -99,13 +85,8 @@ class Bench:
             self.close()
 
     def _command(self, action: str, name: str, kind: str, *arguments: str) -> dict[str, Any]:
-        argv = [WEIGHTFS, "snapshot", action, name, *arguments, *self._keys.get(kind, ["--no-encrypt"])]
-        argv += ["--store", self._store, "--json"]
-        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(argv)}: status {done.returncode}: {done.stderr}")
-        document: dict[str, Any] = json.loads(done.stdout)
-        return document
+        keys = self._keys.get(kind, ["--no-encrypt"])
+        return call(self._place, [action, name, *arguments, *keys, "--store", self._store])
 
 
 def whole(document: dict[str, Any]) -> float:
@@ -133,9 +114,9 @@ def measure(report: Report, it: Bench, rounds: int) -> None:
         return whole(found)
 
     both = alternate(lambda: restore("plain", "--plain", "--no-verify"), lambda: restore("encrypted"), rounds)
-    report.measure("restore: CRIU reading plain images, recipes encrypted", both, "s", None, "at most")
+    report.compare("restore, encrypted, beside CRIU reading plain images", both, "s", _PLAIN, "at most")
     both = alternate(lambda: restore("open"), lambda: restore("encrypted"), rounds)
-    report.measure("restore: recipes open, encrypted", both, "s", _ENCRYPTION, "at most")
+    report.compare("encryption's cost: restore, encrypted, beside one that is not", both, "s", _ENCRYPTION, "at most")
     last = restored["encrypted"][-rounds:]
     rates = [one["memory"]["bytes_copied"] / one["memory"]["seconds"] / 1e9 for one in last]
     report.record("page server, from recipes, encrypted", rates, "GB/s", None)
@@ -143,28 +124,14 @@ def measure(report: Report, it: Bench, rounds: int) -> None:
     report.extra["memory"] = last[-1]["memory"]
 
 
-def main() -> None:
-    """Run it."""
-    options = parser(__doc__ or "")
-    options.set_defaults(size=1024)
-    options.add_argument("--heap", type=int, default=300, metavar="MIB", help="besides weights (default 300 MiB)")
-    given = options.parse_args()
-    if os.geteuid():
-        raise SystemExit("snapshots need root")
-    report = Report("stored snapshots", given)
-    with workplace(given.folder) as place:
-        source = os.path.join(place, "source")
-        os.mkdir(source)
-        write_file(os.path.join(source, "weights.bin"), given.size * MIB)
-        with mounted(source, place) as mount:
-            report.describe(mount)
-            it = Bench(place, os.path.join(mount.path, "weights.bin"), given.heap)
-            try:
-                measure(report, it, given.rounds)
-            finally:
-                it.close()
-    report.finish()
+def measured(report: Report, given: argparse.Namespace, place: str, weights: str) -> None:
+    """All rows, with a process of their own."""
+    it = Bench(place, weights, given.heap)
+    try:
+        measure(report, it, given.rounds)
+    finally:
+        it.close()
 
 
 if __name__ == "__main__":
-    main()
+    run("stored", __doc__ or "", measured, size=1024)

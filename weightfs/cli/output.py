@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from weightfs.errors import WeightfsError
+from weightfs.errors import BusyError, IntegrityError, WeightfsError
 
 SCHEMA = 1
 
@@ -44,6 +44,16 @@ def fail(error: WeightfsError, *, as_json: bool) -> NoReturn:
     line = f"weightfs: {error}" + (f"; {error.mend}" if error.mend else "")
     sys.stderr.write(printable(line) + "\n")
     sys.exit(error.exit_code)
+
+
+def fail_for(failed: Sequence[WeightfsError], *, as_json: bool = False) -> None:
+    """Say every reason on stderr; the gravest decides the exit code, and is the document where none is written yet."""
+    if not failed:
+        return
+    *others, worst = sorted(failed, key=lambda one: (isinstance(one, IntegrityError), not isinstance(one, BusyError)))
+    for error in others:
+        sys.stderr.write(printable(f"weightfs: {error}") + "\n")
+    fail(worst, as_json=as_json)
 
 
 @contextmanager

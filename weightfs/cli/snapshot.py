@@ -21,6 +21,7 @@ class _Commands(LazyGroup):
         "verify": "weightfs.cli.snapshot_store:verify",
         "rm": "weightfs.cli.snapshot_store:rm",
         "prune": "weightfs.cli.snapshot_store:prune",
+        "rotate": "weightfs.cli.snapshot_rotate:rotate",
     }
     WITH_REST: ClassVar[frozenset[str]] = frozenset({"create", "run"})
 

@@ -27,8 +27,22 @@ def master_key(
         MasterKeyError: there is no key where it says.
     """
     require_choice(key_file, key_env, key_command, no_encrypt=no_encrypt)
-    if no_encrypt:
-        return None
+    return None if no_encrypt else one_key(key_file, key_env, key_command)
+
+
+def one_key(key_file: str | None, key_env: str | None, key_command: str | None, *, prefix: str = "") -> MasterKey:
+    """The key that one of the options names.
+
+    Args:
+        key_file, key_env, key_command: what the options say.
+        prefix: of the options' names, for errors.
+
+    Raises:
+        UsageError: not exactly one of them is given.
+        MasterKeyError: there is no key where it says.
+    """
+    if sum(one is not None for one in (key_file, key_env, key_command)) != 1:
+        raise UsageError(f"name one key: --{prefix}key-file, --{prefix}key-env or --{prefix}key-command")
     from checkpoint.chunks import keys
 
     if key_file is not None:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from weightfs.cli.options import Json
-from weightfs.cli.output import emit, fail, human_bytes, printable, reporting, say
+from weightfs.cli.output import emit, fail_for, human_bytes, printable, reporting, say
 from weightfs.cli.snapshot_keys import KeyCommand, KeyEnv, KeyFile, NoEncrypt, master_key
-from weightfs.errors import BusyError, IntegrityError, UnfitError, UsageError, WeightfsError
+from weightfs.errors import UnfitError, UsageError, WeightfsError
 from weightfs.sizes import parse_bytes, parse_seconds
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def verify(
                 if one["ok"]:
                     speed = human_bytes(round(one["bytes"] / max(one["seconds"], 0.001)))
                     say(f"{one['name']}: {human_bytes(one['bytes'])} are as they were written ({speed}/s)")
-        _fail_for([error for _, error in verdicts if error is not None])
+        fail_for([error for _, error in verdicts if error is not None])
 
 
 def rm(names: Names, store: StoreFolder = DEFAULT_STORE, as_json: Json = False) -> None:
@@ -130,7 +130,7 @@ def rm(names: Names, store: StoreFolder = DEFAULT_STORE, as_json: Json = False) 
         elif not as_json:
             for name in removed:
                 say(f"{name}: removed")
-        _fail_for(failed, as_json=as_error)
+        fail_for(failed, as_json=as_error)
 
 
 def prune(
@@ -191,7 +191,7 @@ def prune(
                 say(f"{name}: {'would be ' if dry_run else ''}removed")
             verb = "would be freed" if dry_run else "freed"
             say(f"{len(removed)} removed, {len(kept)} stay, {human_bytes(freed)} {verb}")
-        _fail_for(failed)
+        fail_for(failed)
 
 
 def _open(store: str) -> Store:
@@ -283,16 +283,6 @@ def _collected(store: Store, master: MasterKey | None, failed: list[WeightfsErro
             freed += pruned.freed_nbytes
             failed += pruned.faults.values()
     return freed
-
-
-def _fail_for(failed: list[WeightfsError], *, as_json: bool = False) -> None:
-    """Say every reason on stderr; the gravest decides the exit code, and is the document where none is written yet."""
-    if not failed:
-        return
-    *others, worst = sorted(failed, key=lambda one: (isinstance(one, IntegrityError), not isinstance(one, BusyError)))
-    for error in others:
-        sys.stderr.write(printable(f"weightfs: {error}") + "\n")
-    fail(worst, as_json=as_json)
 
 
 def _when(created_ns: int) -> str:

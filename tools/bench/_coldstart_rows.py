@@ -1,0 +1,371 @@
+"""The techniques of the cold-start table: how each of them starts a server, cold or warm, and what it leaves behind.
+
+A row is a technique in a state, as `mount cold`. Cold: nothing is in memory, neither weights nor images nor Python's
+libraries, which mincore(2) confirms of the files that matter; the mount's daemon runs. Warm: everything is that can be.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from _coldstart_place import (
+    HERE,
+    WEIGHTFS,
+    Clock,
+    Held,
+    Place,
+    Sample,
+    ask,
+    end,
+    first_answer,
+    held,
+    make_cold,
+    make_warm,
+    serve,
+)
+
+from checkpoint.cuda_helper import Cuda
+from checkpoint.processes import tree_of
+
+State = Literal["cold", "warm"]
+Source = Literal["model", "still", "mount"]
+PLAIN: Final = "_plain_server.py"
+RELEASED: Final = "_released_server.py"
+IMPORTED: Final = "_imported_server.py"
+_MOVE_S: Final = 240.0
+_FILL_S: Final = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Technique:
+    """One line of the table.
+
+    Attributes:
+        name: in rows and options.
+        label: what readers of the table see.
+        states: in which it is measured.
+        source: where the server finds its weights: in the bare folder, or on a mount, which may read ahead (`mount`)
+            or not (`still`).
+        server: the script.
+        beside: what is started with the process: `fill` reads the bare folder's weights, `warm` asks the mount to.
+        snapshot: how its snapshot is made; None where it needs none. Techniques with equal ones share it.
+        restore: further options of `weightfs snapshot restore`.
+        in_place: GPU memory goes to the host's and back in a process that stays.
+    """
+
+    name: str
+    label: str
+    states: tuple[State, ...] = ("cold", "warm")
+    source: Source = "model"
+    server: str = PLAIN
+    beside: Literal["fill", "warm"] | None = None
+    snapshot: tuple[str, ...] | None = None
+    restore: tuple[str, ...] = ()
+    in_place: bool = False
+
+    @property
+    def stored_as(self) -> str:
+        """The folder of its snapshot, below that of all."""
+        return "-".join([self.server.strip("_").removesuffix(".py"), self.source, *(self.snapshot or ())])
+
+    @property
+    def is_made_by_command(self) -> bool:
+        """Whether the server says itself when it is to be snapshotted."""
+        return self.server != PLAIN
+
+
+_OPEN: Final = ("--no-encrypt",)
+_IMAGES: Final = ("--no-encrypt", "--plain")
+_ALONE: Final = ("--plain",)
+TECHNIQUES: Final = (
+    Technique(name="none", label="nothing: the bare folder"),
+    Technique(name="prefetch", label="prefetch only, of the bare folder", states=("cold",), beside="fill"),
+    Technique(name="mount", label="mount only (--prefetch off)", source="still"),
+    Technique(name="mount+prefetch", label="mount + prefetch", source="mount"),
+    Technique(name="mount+warm", label="mount + weightfs warm", source="mount", states=("cold",), beside="warm"),
+    Technique(
+        name="process",
+        label="process C/R only, weights loaded",
+        server=IMPORTED,
+        snapshot=_IMAGES,
+        restore=_ALONE,
+    ),
+    Technique(name="suspend", label="CUDA checkpoint in place", states=("warm",), source="mount", in_place=True),
+    Technique(name="restore criu", label="C/R + CUDA, CRIU alone", source="mount", snapshot=_IMAGES, restore=_ALONE),
+    Technique(name="restore plain", label="C/R + CUDA, page server", source="mount", snapshot=_IMAGES),
+    Technique(name="restore unencrypted", label="C/R + CUDA, deduplicated", source="mount", snapshot=_OPEN),
+    Technique(name="restore", label="C/R + CUDA, deduplicated, encrypted", source="mount", snapshot=()),
+    Technique(
+        name="released criu",
+        label="released weights, CRIU alone",
+        source="mount",
+        server=RELEASED,
+        snapshot=_IMAGES,
+        restore=_ALONE,
+    ),
+    Technique(
+        name="released plain",
+        label="all: released weights, page server",
+        source="mount",
+        server=RELEASED,
+        snapshot=_IMAGES,
+    ),
+    Technique(name="released", label="all, deduplicated, encrypted", source="mount", server=RELEASED, snapshot=()),
+)
+BY_NAME: Final = {one.name: one for one in TECHNIQUES}
+ROWS: Final = tuple(f"{one.name} {state}" for one in TECHNIQUES for state in one.states)
+
+
+def chosen(text: str) -> list[str]:
+    """The rows that an option names: rows, or techniques, which stand for all their rows; separated by commas.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    found: list[str] = []
+    for name in (part.strip() for part in text.split(",")):
+        if name in BY_NAME:
+            found += [f"{name} {state}" for state in BY_NAME[name].states]
+        elif name in ROWS:
+            found.append(name)
+        else:
+            raise ValueError(name)
+    return list(dict.fromkeys(found))
+
+
+def split(row: str) -> tuple[Technique, State]:
+    """The technique and the state of a row."""
+    name, _, state = row.rpartition(" ")
+    return BY_NAME[name], "cold" if state == "cold" else "warm"
+
+
+# One start
+
+
+def path_of(place: Place, technique: Technique) -> str:
+    """Where its server finds the weights."""
+    found: str = getattr(place, technique.source)
+    return found
+
+
+def argv_of(place: Place, technique: Technique) -> list[str]:
+    """Its server's command line."""
+    script = os.path.join(HERE, technique.server)
+    return [sys.executable, script, path_of(place, technique), place.device, str(place.port)]
+
+
+def prepare(place: Place, technique: Technique, state: State) -> None:
+    """Have in memory what is to be there, or nothing."""
+    folders = [path_of(place, technique)]
+    if technique.snapshot is not None:
+        folders.append(store_of(place, technique))
+    if state == "cold":
+        make_cold(place.model, *folders[1:])
+    else:
+        make_warm(*folders)
+
+
+def started(place: Place, technique: Technique, state: State) -> Sample:
+    """From the command to the answer, of a server that is started anew."""
+    prepare(place, technique, state)
+    clock = Clock()
+    beside = _begin_beside(place, technique)
+    spawned = time.time()
+    try:
+        server = serve(place, argv_of(place, technique))
+        answer = first_answer(place, server.pid)
+        total = time.monotonic() - clock.began
+        told = ask(place.port, "/phases")
+        clock.phases = {"start Python": told["started"] - spawned} | told["phases"]
+        clock.phases["answer a request"] = total - sum(clock.phases.values())
+        _note(place, technique, "serving", server.pid)
+    finally:
+        inside = _end_beside(beside)
+    end(server.pid)
+    _note(place, technique, "idle", None)
+    place.answer = place.answer or answer
+    return Sample(total, clock.phases, answer == place.answer, inside)
+
+
+def restored(place: Place, technique: Technique, state: State) -> Sample:
+    """The same, of one that a restore brings back. Every byte is verified on the way."""
+    prepare(place, technique, state)
+    clock = Clock()
+    said = snapshot_command(place, technique, "restore", *technique.restore)
+    clock.phases = {name: float(seconds) for name, seconds in said["phases"].items()}
+    clock.phases["the command itself"] = time.monotonic() - clock.began - sum(clock.phases.values())
+    with clock.phase("answer a request"):
+        answer = first_answer(place, said["pid"])
+    sample = clock.sample(same=answer == place.answer)
+    sample.inside = dict(ask(place.port, "/phases").get("reload", {}))
+    _note(place, technique, "serving", said["pid"])
+    end(said["pid"])
+    return sample
+
+
+def suspended(place: Place, technique: Technique, rounds: int) -> list[Sample]:
+    """The GPU's memory to the host and back, in a server that stays: what a snapshot does, less the dump."""
+    if (cuda := Cuda.detect()) is None:
+        return []
+    samples = []
+    with ExitStack() as stack:
+        stack.callback(cuda.close)
+        server = serve(place, argv_of(place, technique))
+        stack.callback(lambda: end(server.pid))
+        first_answer(place, server.pid)
+        pids = cuda.find([one.pid for one in tree_of(server.pid)])
+        _note(place, technique, "serving", server.pid)
+        for _ in range(rounds if pids else 0):
+            cuda.lock_all(pids, _MOVE_S)
+            away = time.monotonic()
+            cuda.checkpoint_all(pids)
+            away = time.monotonic() - away
+            _note(place, technique, "idle", server.pid)
+            clock = Clock()
+            with clock.phase("CUDA restore"):
+                cuda.restore_all(pids)
+            with clock.phase("CUDA unlock"):
+                cuda.unlock_all(pids)
+            with clock.phase("answer a request"):
+                answer = ask(place.port)
+            sample = clock.sample(same=answer == place.answer)
+            sample.inside = {"CUDA checkpoint, before": away}
+            samples.append(sample)
+    return samples
+
+
+def _begin_beside(place: Place, technique: Technique) -> subprocess.Popen[bytes] | None:
+    if technique.beside is None:
+        return None
+    fill = [sys.executable, os.path.join(HERE, "_fill_bare.py"), place.model]
+    argv = fill if technique.beside == "fill" else [WEIGHTFS, "warm", path_of(place, technique), "--json"]
+    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+
+
+def _end_beside(process: subprocess.Popen[bytes] | None) -> dict[str, float]:
+    """How long that took."""
+    if process is None:
+        return {}
+    try:
+        said, _ = process.communicate(timeout=_FILL_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    if process.returncode:
+        raise SystemExit(f"{process.args!r} ended with status {process.returncode}")
+    return {"reading ahead": float(json.loads(said)["seconds"])}
+
+
+def _note(place: Place, technique: Technique, when: str, pid: int | None) -> None:
+    """Keep what it holds; the last sample's."""
+    found: Held = held(place, pid)
+    place.held.setdefault(technique.name, {})[when] = found
+
+
+# Snapshots
+
+
+def store_of(place: Place, technique: Technique) -> str:
+    """The store that its snapshot lies in."""
+    return os.path.join(place.folder, "snapshots", technique.stored_as)
+
+
+def snapshot(place: Place, technique: Technique) -> Sample:
+    """Start its server and snapshot it; the sample is that of the snapshot, a start by its command included."""
+    options = ("--replace", *[one for one in technique.snapshot or () if one not in _OPEN])
+    clock = Clock()
+    if technique.is_made_by_command:
+        command = ("--log", place.log, "--", *argv_of(place, technique))
+        said = snapshot_command(place, technique, "create", *options, *command)
+    else:
+        server = serve(place, argv_of(place, technique))
+        first_answer(place, server.pid)
+        clock = Clock()
+        said = snapshot_command(place, technique, "create", "--pid", str(server.pid), *options)
+        end(server.pid)
+    clock.phases = {name: float(seconds) for name, seconds in said["phases"].items()}
+    place.snapshots[technique.stored_as] = said["bytes"]
+    place.remember()
+    _note(place, technique, "idle", None)
+    return clock.sample(same=True)
+
+
+def snapshot_command(place: Place, technique: Technique, command: str, *arguments: str) -> dict[str, Any]:
+    """What `weightfs snapshot COMMAND` says.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    status, said = snapshot_attempt(place, technique, command, *arguments)
+    if status:
+        raise SystemExit(f"weightfs snapshot {command}: status {status}, {said.get('error')}")
+    return said
+
+
+def snapshot_attempt(place: Place, technique: Technique, command: str, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """The same, failed or not: its status, and what it says."""
+    argv = snapshot_argv(place, technique, command, *arguments)
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=2 * _MOVE_S, check=False)
+    said: dict[str, Any] = json.loads(done.stdout or "{}")
+    return done.returncode, said
+
+
+def snapshot_argv(place: Place, technique: Technique, command: str, *arguments: str) -> list[str]:
+    """The command line of `weightfs snapshot COMMAND` for its snapshot."""
+    encryption = _OPEN if "--no-encrypt" in (technique.snapshot or ()) else ("--key-file", place.key())
+    store = store_of(place, technique)
+    return [WEIGHTFS, "snapshot", command, "server", "--store", store, *encryption, "--json", *arguments]
+
+
+# All rows
+
+
+def measure(
+    place: Place,
+    rows: Iterable[str],
+    rounds: int,
+    cold_rounds: int,
+    told: Callable[[str, Sample], Sample],
+    until: float | None = None,
+) -> dict[str, list[Sample]]:
+    """Samples of each row. Rows take turns, so that whatever else the machine does meets all of them.
+
+    Args:
+        place: where.
+        rows: which.
+        rounds: samples of each warm row.
+        cold_rounds: of each cold one.
+        told: is told of each sample.
+        until: no sample is begun after that (monotonic); rows may then have fewer, or none.
+    """
+    samples: dict[str, list[Sample]] = {}
+    pairs = [(row, *split(row)) for row in rows]
+
+    def take(row: str, sample: Sample) -> None:
+        samples.setdefault(row, []).append(told(row, sample))
+
+    # So that the first row does not pay for what is made once after an installation, such as byte code.
+    told("(first of all)", started(place, BY_NAME["none"], "warm"))
+    for technique in dict.fromkeys(each for _, each, _ in pairs):
+        if technique.snapshot is not None and technique.stored_as not in place.snapshots:
+            take(f"(snapshot for {technique.name})", snapshot(place, technique))
+    for row, technique, _ in pairs:
+        if technique.in_place:
+            for sample in suspended(place, technique, rounds):
+                take(row, sample)
+    for state, count in (("cold", cold_rounds), ("warm", rounds)):
+        for _ in range(count):
+            for row, technique, wanted in pairs:
+                if wanted == state and not technique.in_place and time.monotonic() < (until or math.inf):
+                    once = started if technique.snapshot is None else restored
+                    take(row, once(place, technique, wanted))
+    return samples
