@@ -60,9 +60,8 @@ def weightfs_model(folder: str, device: str) -> Load:
 def from_pretrained(folder: str, device: str) -> Load:
     from transformers import AutoModelForCausalLM
 
-    return lambda: dict(
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=device).state_dict()
-    )
+    where = {} if device == "cpu" else {"device_map": device}  # which needs the package accelerate
+    return lambda: dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **where).state_dict())
 
 
 def accelerated(folder: str, device: str) -> Load:
@@ -89,11 +88,7 @@ def runai(folder: str, device: str) -> Load:
     def load() -> Loaded:
         with SafetensorsStreamer() as streamer:
             streamer.stream_files(files_of(folder), device=device)
-            # What it yields lies in a buffer that it uses again, on the CPU.
-            return {
-                name: one.clone() if one.device.type == "cpu" else one.to(device)
-                for name, one in streamer.get_tensors()
-            }
+            return {name: one.to(device) for name, one in streamer.get_tensors()}
 
     return load
 

@@ -91,7 +91,7 @@ class Child:
     """A loader's process."""
 
     def __init__(self, name: str, device: str) -> None:
-        self.name = name
+        self.device = device
         self._process = subprocess.Popen(
             [sys.executable, os.path.join(HERE, "_loader_child.py"), name, device],
             stdin=subprocess.PIPE,
@@ -256,6 +256,8 @@ def counted(row: Row, child: Child, folder: str, nbytes: int, digests: dict[str,
     if row.failed:
         return
     said = child.ask("load", folder, True)
+    if "failed" not in said and said["on"] != [child.device]:
+        said["failed"] = f"left tensors on {said['on']}"
     if "failed" in said:
         row.failed = said["failed"]
         return
