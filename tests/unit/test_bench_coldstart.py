@@ -16,8 +16,8 @@ import _chart
 import _claims
 import _coldstart_figure
 import _coldstart_many
-import _coldstart_rows
 import _coldstart_table as table
+import _coldstart_techniques
 
 SVG = "{http://www.w3.org/2000/svg}"
 START = {"start Python": 1.0, "import torch": 5.0, "load weights": 3.0, "answer a request": 1.0}
@@ -52,17 +52,17 @@ def run(
 
 
 def test_rows_are_named_alone_or_by_their_technique() -> None:
-    assert _coldstart_rows.chosen("mount cold, none") == ["mount cold", "none cold", "none warm"]
-    assert _coldstart_rows.chosen("none,none warm") == ["none cold", "none warm"]
-    for row in _coldstart_rows.ROWS:
-        technique, state = _coldstart_rows.split(row)
+    assert _coldstart_techniques.chosen("mount cold, none") == ["mount cold", "none cold", "none warm"]
+    assert _coldstart_techniques.chosen("none,none warm") == ["none cold", "none warm"]
+    for row in _coldstart_techniques.ROWS:
+        technique, state = _coldstart_techniques.split(row)
         assert f"{technique.name} {state}" == row
     with pytest.raises(ValueError, match="mount hot"):
-        _coldstart_rows.chosen("none,mount hot")
+        _coldstart_techniques.chosen("none,mount hot")
 
 
 def test_techniques_share_a_snapshot_only_if_it_is_made_alike() -> None:
-    stored = {name: one.stored_as for name, one in _coldstart_rows.BY_NAME.items() if one.snapshot is not None}
+    stored = {name: one.stored_as for name, one in _coldstart_techniques.BY_NAME.items() if one.snapshot is not None}
     assert stored["restore plain"] == stored["restore criu"]
     assert stored["released plain"] == stored["released criu"]
     others = ["restore plain", "restore", "restore unencrypted", "released plain", "released", "process"]
@@ -198,7 +198,7 @@ def test_nothing_leaves_the_paper(chart: ElementTree.Element) -> None:
 
 
 def test_labels_end_before_the_states_begin() -> None:
-    assert all(len(one.label) * 7.0 + 16 < 330 - 40 for one in _coldstart_rows.TECHNIQUES)
+    assert all(len(one.label) * 7.0 + 16 < 330 - 40 for one in _coldstart_techniques.TECHNIQUES)
 
 
 def test_both_colours_of_each_stage_stand_out_from_the_paper() -> None:

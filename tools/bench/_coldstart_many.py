@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from _coldstart_place import Place, ask, end, free_port, make_warm
-from _coldstart_rows import Technique, path_of, snapshot_argv, snapshot_attempt, store_of
+from _coldstart_rows import path_of, snapshot_argv, snapshot_attempt, store_of
+from _coldstart_techniques import Technique
 
 _RESTORE_S: Final = 240.0
 _ANSWER_S: Final = 120.0

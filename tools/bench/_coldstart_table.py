@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from _claims import ARTICLE, CLAIMS, MARK, OTHERS, Claim
 from _coldstart_many import described
-from _coldstart_rows import TECHNIQUES
+from _coldstart_techniques import TECHNIQUES
 
 Runs = Sequence[Mapping[str, Any]]
 

@@ -5,8 +5,8 @@
     python tools/bench/coldstart.py --merge FILE... --figures tools/bench/figures       one table and chart of several
     python tools/bench/coldstart.py --device cpu --gigabytes 0.05 --rows none,mount     a trial anywhere, as root
 
-A row is a technique, or one in a state, as `mount cold` (`_coldstart_rows.py` has all of them): `cold`, nothing in
-memory, neither weights nor images nor Python's libraries; `warm`, everything that can be. The server is an unmodified
+A row is a technique, or one in a state, as `mount cold`; `_coldstart_techniques.py` has all of them. `cold`: nothing in
+memory, neither weights nor images nor Python's libraries; `warm`: everything that can be. The server is an unmodified
 one (`_plain_server.py`), but in the rows named `process` and `released`.
 
 Every sample ends when the client has the answer to a request, which must be the answer the server gave before. What
@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,8 +43,9 @@ from _coldstart_place import (
     huge_pages,
     mounted,
 )
-from _coldstart_rows import BY_NAME, ROWS, Technique, chosen, measure, snapshot, started
+from _coldstart_rows import measure, snapshot, started
 from _coldstart_table import by_model, others, parameters, report
+from _coldstart_techniques import BY_NAME, ROWS, Technique, chosen
 
 from checkpoint.cuda_helper import Cuda
 
@@ -118,6 +120,7 @@ def draw(drawn: str, stem: str) -> None:
 def run(given: argparse.Namespace, rows: list[str]) -> dict[str, Any]:
     """Measure on this machine."""
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what was mounted is unmounted
     ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     baseline = gpu_bytes_in_use()
     with ExitStack() as stack:
