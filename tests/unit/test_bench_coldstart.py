@@ -41,6 +41,7 @@ def run(
         "model": {"parameters": parameters, "nbytes": 2 * parameters},
         "many": [],
         "mount_bytes": 40_000_000,
+        "warmed": {"released plain": 16e9},
         "snapshots": {"released plain": {"stored": 1.8e9}},
         "held": {"none": {"serving": {"gpu_bytes": 15e9}, "idle": {"gpu_bytes": 0, "host_bytes": 0}}},
         "rows": [
@@ -99,11 +100,12 @@ def test_the_headline_names_the_pair_of_each_ratio() -> None:
 def test_the_table_has_every_column_and_marks_what_is_only_claimed() -> None:
     said = table.table([run({"none cold": [30.0], "released plain warm": [0.5]})])
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in said]
-    assert {len(row) for row in cells} == {13}
+    assert {len(row) for row in cells} == {14}
     none, best = dict(zip(cells[0], cells[2], strict=True)), dict(zip(cells[0], cells[3], strict=True))
     assert none["GPU idle, GB"] == "0"
     assert none["GPU serving, GB"] == "15.00"
     assert none[f"article: s ({_claims.MARK})"] == "15.2"
+    assert best["files in memory when warm, GB"] == "16.00"
     assert (best["cold/warm"], best["cold/cold"], best["snapshot, GB"]) == ("60x", "-", "1.80")
 
 

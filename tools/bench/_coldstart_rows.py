@@ -59,7 +59,7 @@ def prepare(place: Place, technique: Technique, state: State) -> None:
     if state == "cold":
         make_cold(place.model, *folders[1:])
     else:
-        make_warm(*folders)
+        place.warmed[technique.name] = make_warm(*folders)
 
 
 def started(place: Place, technique: Technique, state: State) -> Sample:

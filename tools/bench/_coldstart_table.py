@@ -183,7 +183,8 @@ def table(runs: Runs) -> list[str]:
     found = lines(runs)
     head = [
         "technique", "cold, s", "warm, s", "cold/cold", "warm/warm", "cold/warm", "GPU idle, GB", "GPU serving, GB",
-        "host idle, GB", "snapshot, GB", f"article: s ({MARK})", "article: snapshot, GB", "article: GPU held, GB",
+        "host idle, GB", "files in memory when warm, GB", "snapshot, GB",
+        f"article: s ({MARK})", "article: snapshot, GB", "article: GPU held, GB",
     ]  # fmt: skip
     rows = [head, ["---"] * len(head)]
     for technique in TECHNIQUES:
@@ -204,6 +205,7 @@ def table(runs: Runs) -> list[str]:
                 gigabytes(_held(runs, name, "idle", "gpu_bytes")),
                 gigabytes(_held(runs, name, "serving", "gpu_bytes")),
                 gigabytes(_held(runs, name, "idle", "host_bytes")),
+                gigabytes(_last(run["warmed"].get(name) for run in runs)),
                 gigabytes(_last(run["snapshots"].get(name, {}).get("stored") for run in runs)),
                 *_claimed(claim),
             ]

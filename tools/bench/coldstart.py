@@ -145,6 +145,7 @@ def run(given: argparse.Namespace, rows: list[str]) -> dict[str, Any]:
         "model": about,
         "snapshots": {name: place.snapshots[BY_NAME[name].stored_as] for name in BY_NAME if _stored(place, name)},
         "mount_bytes": mount_bytes,
+        "warmed": place.warmed,
         "held": {name: {when: asdict(one) for when, one in of.items()} for name, of in place.held.items()},
         "many": [asdict(one) for one in outcomes],
         "rows": [{"row": name, "samples": [asdict(one) for one in ones]} for name, ones in samples.items()],
