@@ -12,7 +12,7 @@ import pytest
 
 from tests.pages.browser import CHROMIUM, Browser, browsing
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "tools", "bench"))
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "tools", "bench"))
 
 import _coldstart_figure
 from _coldstart_techniques import ROWS

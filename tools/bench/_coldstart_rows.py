@@ -98,6 +98,7 @@ def restored(place: Place, technique: Technique, state: State) -> Sample:
         _note(place, technique, "serving", said["pid"])
     finally:
         end(said["pid"])
+    _note(place, technique, "idle", None)
     return sample
 
 
