@@ -16,8 +16,10 @@ import _chart
 import _claims
 import _coldstart_figure
 import _coldstart_many
+import _coldstart_rows
 import _coldstart_table as table
 import _coldstart_techniques
+from _coldstart_place import FailedError, Sample
 
 SVG = "{http://www.w3.org/2000/svg}"
 START = {"start Python": 1.0, "import torch": 5.0, "load weights": 3.0, "answer a request": 1.0}
@@ -40,6 +42,7 @@ def run(
         },
         "model": {"parameters": parameters, "nbytes": 2 * parameters},
         "many": [],
+        "failures": {},
         "mount_bytes": 40_000_000,
         "warmed": {"released plain": 16e9},
         "snapshots": {"released plain": {"stored": 1.8e9}},
@@ -113,6 +116,27 @@ def test_another_answer_is_never_silent() -> None:
     wrong = run({"none cold": [30.0]})
     wrong["rows"][0]["samples"][0]["same"] = False
     assert "OTHER ANSWERS" in "\n".join(table.table([wrong]))
+
+
+def test_a_row_that_failed_is_told_and_not_tried_again() -> None:
+    found, calls, told = _coldstart_rows.Measured(), [], list[str]()
+
+    def tell(row: str, sample: Sample) -> Sample:
+        told.append(row)
+        return sample
+
+    def broken() -> Sample:
+        calls.append(1)
+        raise FailedError("no GPU left")
+
+    for _ in range(2):
+        found.take("mount cold", broken, tell)
+        found.take("none cold", lambda: Sample(1.0, {}, True), tell)
+    assert (found.failures, len(calls)) == ({"mount cold": "no GPU left"}, 1)
+    assert len(found.samples["none cold"]) == 2
+    assert told == ["none cold"] * 2
+    said = table.report([run({"none cold": [30.0]}, failures=found.failures)])
+    assert "- `mount cold` FAILED: no GPU left" in said
 
 
 def test_stages_add_up_and_a_reload_is_taken_out_of_the_answer() -> None:

@@ -10,12 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 from _coldstart_place import (
     HERE,
     WEIGHTFS,
     Clock,
+    FailedError,
     Held,
     Place,
     Sample,
@@ -30,6 +33,7 @@ from _coldstart_place import (
 from _coldstart_techniques import BY_NAME, OPEN, State, Technique, split
 
 from checkpoint.cuda_helper import Cuda
+from checkpoint.errors import CheckpointError
 from checkpoint.processes import tree_of
 
 _MOVE_S: Final = 240.0
@@ -85,6 +89,8 @@ def started(place: Place, technique: Technique, state: State) -> Sample:
 
 def restored(place: Place, technique: Technique, state: State) -> Sample:
     """The same, of one that a restore brings back. Every byte is verified on the way."""
+    if technique.stored_as not in place.snapshots:
+        raise FailedError("there is no snapshot: making it failed")
     prepare(place, technique, state)
     clock = Clock()
     said = snapshot_command(place, technique, "restore", *technique.restore)
@@ -151,7 +157,7 @@ def _end_beside(process: subprocess.Popen[bytes] | None) -> dict[str, float]:
         return {}
     said, _ = process.communicate(timeout=_FILL_S)
     if process.returncode:
-        raise SystemExit(f"{process.args!r} ended with status {process.returncode}")
+        raise FailedError(f"{process.args!r} ended with status {process.returncode}")
     return {"reading ahead": float(json.loads(said)["seconds"])}
 
 
@@ -195,11 +201,11 @@ def snapshot_command(place: Place, technique: Technique, command: str, *argument
     """What `weightfs snapshot COMMAND` says.
 
     Raises:
-        SystemExit: it failed.
+        FailedError: it failed.
     """
     status, said = snapshot_attempt(place, technique, command, *arguments)
     if status:
-        raise SystemExit(f"weightfs snapshot {command}: status {status}, {said.get('error')}")
+        raise FailedError(f"snapshot {command}: status {status}, {said.get('error')}; {place.log_tail()}")
     return said
 
 
@@ -221,6 +227,32 @@ def snapshot_argv(place: Place, technique: Technique, command: str, *arguments: 
 # All rows
 
 
+@dataclass
+class Measured:
+    """Samples by row, and why others have none, or fewer.
+
+    Attributes:
+        samples: in the order in which they were taken.
+        failures: by row; one that failed is not tried again.
+    """
+
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def take(self, row: str, once: Callable[[], Sample | list[Sample]], told: Callable[[str, Sample], Sample]) -> None:
+        """Take a sample, or several."""
+        if row in self.failures:
+            return
+        try:
+            taken = once()
+        except (FailedError, CheckpointError, OSError, subprocess.SubprocessError) as error:
+            self.failures[row] = f"{error}"
+            print(f"{row}: FAILED: {error}", file=sys.stderr, flush=True)
+            return
+        for sample in taken if isinstance(taken, list) else [taken]:
+            self.samples.setdefault(row, []).append(told(row, sample))
+
+
 def measure(
     place: Place,
     rows: Iterable[str],
@@ -228,7 +260,7 @@ def measure(
     cold_rounds: int,
     told: Callable[[str, Sample], Sample],
     until: float | None = None,
-) -> dict[str, list[Sample]]:
+) -> Measured:
     """Samples of each row. Rows take turns, so that whatever else the machine does meets all of them.
 
     Args:
@@ -238,27 +270,25 @@ def measure(
         cold_rounds: of each cold one.
         told: is told of each sample.
         until: no sample is begun after that (monotonic); rows may then have fewer, or none.
+
+    Raises:
+        FailedError: not even a server without anything of ours starts.
     """
-    samples: dict[str, list[Sample]] = {}
+    found = Measured()
     pairs = [(row, *split(row)) for row in rows]
-
-    def take(row: str, sample: Sample) -> None:
-        samples.setdefault(row, []).append(told(row, sample))
-
     if place.answer is None or any(technique.snapshot is None for _, technique, _ in pairs):
         # So that the first row does not pay for what is made once after an installation, such as byte code.
         told("(first of all)", started(place, BY_NAME["none"], "warm"))
     for technique in dict.fromkeys(each for _, each, _ in pairs):
         if technique.snapshot is not None and technique.stored_as not in place.snapshots:
-            take(f"(snapshot for {technique.name})", snapshot(place, technique))
+            found.take(f"(snapshot for {technique.name})", partial(snapshot, place, technique), told)
     for row, technique, _ in pairs:
         if technique.in_place:
-            for sample in suspended(place, technique, rounds):
-                take(row, sample)
+            found.take(row, partial(suspended, place, technique, rounds), told)
     for state, count in (("cold", cold_rounds), ("warm", rounds)):
         for _ in range(count):
             for row, technique, wanted in pairs:
                 if wanted == state and not technique.in_place and time.monotonic() < (until or math.inf):
                     once = started if technique.snapshot is None else restored
-                    take(row, once(place, technique, wanted))
-    return samples
+                    found.take(row, partial(once, place, technique, wanted), told)
+    return found

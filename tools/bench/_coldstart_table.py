@@ -253,6 +253,7 @@ def report(runs: Runs) -> list[str]:
     model = runs[0]["model"]
     name, nbytes = parameters(model["parameters"]), model["nbytes"] / 1e9
     many = described([one for run in runs for one in run["many"]])
+    many += ["", *(f"- `{row}` FAILED: {why}" for run in runs for row, why in run["failures"].items())]
     title = [f"## Cold start to first token: {name}, {nbytes:.1f} GB of weights", ""]
     if not lines(runs):
         return [*title, *many, "", *where(runs)]

@@ -28,6 +28,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Final
 
 from _coldstart_figure import chart, write_png
@@ -43,7 +44,7 @@ from _coldstart_place import (
     huge_pages,
     mounted,
 )
-from _coldstart_rows import measure, snapshot, started
+from _coldstart_rows import Measured, measure, snapshot, started
 from _coldstart_table import by_model, others, parameters, report
 from _coldstart_techniques import BY_NAME, ROWS, Technique, chosen
 
@@ -97,6 +98,8 @@ def main() -> None:
         os.makedirs(given.figures, exist_ok=True)
         for count, ones in models.items():
             draw(chart(ones), os.path.join(given.figures, f"coldstart-{parameters(count)}"))
+    if not given.merge and (runs[0]["failures"] or any(one["failures"] for one in runs[0]["many"])):
+        sys.exit(1)
 
 
 def read(path: str) -> list[dict[str, Any]]:
@@ -136,8 +139,8 @@ def run(given: argparse.Namespace, rows: list[str]) -> dict[str, Any]:
         place = Place(folder, model, mount, still, given.device, free_port(), baseline)
         place.recall()
         until = None if given.within is None else began + given.within
-        samples = measure(place, rows, given.rounds, given.cold_rounds, told, until) if rows else {}
-        outcomes = many(place, BY_NAME[given.of], given.restores, given.at_once)
+        found = measure(place, rows, given.rounds, given.cold_rounds, told, until) if rows else Measured()
+        outcomes = many(place, BY_NAME[given.of], given.restores, given.at_once, found)
         mount_bytes = host_bytes(pids)
     return {
         "command": shlex.join(["tools/bench/coldstart.py", *sys.argv[1:]]),
@@ -147,19 +150,22 @@ def run(given: argparse.Namespace, rows: list[str]) -> dict[str, Any]:
         "mount_bytes": mount_bytes,
         "warmed": place.warmed,
         "held": {name: {when: asdict(one) for when, one in of.items()} for name, of in place.held.items()},
+        "failures": found.failures,
         "many": [asdict(one) for one in outcomes],
-        "rows": [{"row": name, "samples": [asdict(one) for one in ones]} for name, ones in samples.items()],
+        "rows": [{"row": name, "samples": [asdict(one) for one in ones]} for name, ones in found.samples.items()],
     }
 
 
-def many(place: Place, technique: Technique, restores: int, counts: list[int]) -> list[Outcome]:
-    """What is asked for of many restores."""
+def many(place: Place, technique: Technique, restores: int, counts: list[int], found: Measured) -> list[Outcome]:
+    """What is asked for of many restores; a snapshot that they need and that can't be made is a failure of `found`."""
     if not restores and not counts:
         return []
     if place.answer is None:
         told("(first of all)", started(place, BY_NAME["none"], "warm"))
     if technique.stored_as not in place.snapshots:
-        told(f"(snapshot for {technique.name})", snapshot(place, technique))
+        found.take(f"(snapshot for {technique.name})", partial(snapshot, place, technique), told)
+    if technique.stored_as not in place.snapshots:
+        return []
     row = [in_a_row(place, technique, restores)] if restores else []
     return row + [at_once(place, technique, count) for count in counts]
 
