@@ -11,7 +11,7 @@ from checkpoint.digests import Identity
 from checkpoint.errors import CorruptError
 from checkpoint.keeping import IMAGES
 from checkpoint.laying import Laid, LaidPlain
-from checkpoint.preflight_memory import available_bytes
+from checkpoint.preflight_memory import available
 from checkpoint.snapshots import Snapshot
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Readable:
         threads = len(os.sched_getaffinity(0))
         must_not_swap = self._master is not None
         with (
-            Scratch(os.path.join(work, IMAGES), nbytes=available_bytes(), must_not_swap=must_not_swap) as scratch,
+            Scratch(os.path.join(work, IMAGES), nbytes=available().nbytes, must_not_swap=must_not_swap) as scratch,
             Sources(weights, self._openers) as sources,
         ):
             yield LaidOut(self._contents, sources, scratch, threads=threads)
