@@ -47,6 +47,7 @@ __all__ = [
     "StagingError",
     "Way",
     "close_shared",
+    "opened",
     "shared",
 ]
 
@@ -304,6 +305,17 @@ class Staging:
             self._driver.release(self._device)
 
 
+def opened(device: int = 0, config: StagingConfig | None = None) -> Staging:
+    """A pool of the caller's own, who closes it; for one that wants it otherwise than `shared` has it.
+
+    Raises:
+        NoDeviceError: no GPU can be used; says why, and what to install.
+    """
+    from prefetch.pinned import Driver as PinnedDriver
+
+    return Staging(PinnedDriver(), device=device, config=config)
+
+
 _measured: dict[int, Way] = {}
 """The faster way to each device, as this process has found it."""
 
@@ -319,9 +331,7 @@ def shared(device: int = 0) -> Staging:
     """
     with _shared_turn:
         if (found := _shared.get(device)) is None:
-            from prefetch.pinned import Driver as PinnedDriver
-
-            found = _shared[device] = Staging(PinnedDriver(), device=device)
+            found = _shared[device] = opened(device)
         return found
 
 

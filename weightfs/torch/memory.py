@@ -39,7 +39,8 @@ def placed(wanted: Sequence[Stored], device: torch.device) -> list[torch.Tensor]
         RuntimeError: from torch, where the device or its memory is not there.
     """
     tensors: list[torch.Tensor] = []
-    for group in _arenas(wanted):
+    for run in arenas([one.nbytes for one in wanted]):
+        group = wanted[run]
         nbytes = sum(_aligned(one.nbytes) for one in group)
         arena = torch.empty(nbytes, dtype=torch.uint8, device=device).untyped_storage()
         at = 0
@@ -56,17 +57,16 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def _arenas(wanted: Sequence[Stored]) -> Iterator[list[Stored]]:
-    group: list[Stored] = []
-    taken = 0
-    for one in wanted:
-        if group and taken + _aligned(one.nbytes) > ARENA_BYTES:
-            yield group
-            group, taken = [], 0
-        group.append(one)
-        taken += _aligned(one.nbytes)
-    if group:
-        yield group
+def arenas(sizes: Sequence[int]) -> Iterator[slice]:
+    """Runs of tensors of these sizes in bytes that share `ARENA_BYTES`; one that is larger is by itself."""
+    begun, taken = 0, 0
+    for number, nbytes in enumerate(sizes):
+        if number > begun and taken + _aligned(nbytes) > ARENA_BYTES:
+            yield slice(begun, number)
+            begun, taken = number, 0
+        taken += _aligned(nbytes)
+    if begun < len(sizes):
+        yield slice(begun, len(sizes))
 
 
 def fill(wanted: Sequence[Stored], tensors: Sequence[torch.Tensor], device: torch.device) -> None:

@@ -274,7 +274,7 @@ def test_tensors_share_allocations_of_bounded_size(tmp_path: Path, monkeypatch: 
     tensors = {f"t{n}": tensor("U8", (size,), n) for n, size in enumerate((100, 3000, 1, 513, 9000, 0, 4096, 1))}
     with WeightFile(write_safetensors(str(tmp_path / "some.safetensors"), tensors)) as file:
         wanted: list[Stored] = [stored(file, name) for name in tensors]
-        groups = [[one.nbytes for one in group] for group in memory._arenas(wanted)]
+        groups = [[one.nbytes for one in wanted[run]] for run in memory.arenas([one.nbytes for one in wanted])]
         assert groups == [[100, 3000, 1], [513], [9000], [0, 4096], [1]]
         made = memory.placed(wanted, torch.device("cpu"))
         memory.fill(wanted, made, torch.device("cpu"))
