@@ -184,7 +184,7 @@ def test_a_file_truncated_meanwhile_is_an_error(staging: Staging, driver: Driver
     size = path.stat().st_size
 
     def truncate() -> bool:
-        if driver.counts["copy"] == 41 - 3:  # what is read of it lies before
+        if driver.counts["copy"] >= 41 - 3:
             os.truncate(path, size - 1)
         return False
 
