@@ -70,14 +70,25 @@ def to_its_end(do: Callable[[], None]) -> None:
     """Do what puts processes right, all of it: a signal that ends the command has it done anew before it does.
 
     One signal: whoever has made signals exceptions (`SystemExit`, `foreground.Interrupted`) lets no second one through.
+
+    Raises:
+        CheckpointError: it could not be done, and `is_half_done`.
     """
     try:
-        do()
-    except Exception:
+        try:
+            do()
+        except Exception:
+            raise
+        except BaseException:
+            do()
+            raise
+    except CheckpointError as e:
+        e.is_half_done = True
         raise
-    except BaseException:
-        do()
-        raise
+    except Exception as e:
+        error = CheckpointError(f"what was begun can't be put right: {e}", mend="weightfs snapshot recover")
+        error.is_half_done = True
+        raise error from e
 
 
 def _signal(who: Tree, number: signal.Signals) -> None:

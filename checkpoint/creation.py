@@ -257,17 +257,18 @@ def _create(
             try:
                 control.to_its_end(lambda: undo(entry, tools))
             except CudaError as stuck:
-                raise CudaError(f"{failure}; {stuck.message}", mend=stuck.mend, stuck=stuck.stuck) from failure
+                error = CudaError(f"{failure}; {stuck.message}", mend=stuck.mend, stuck=stuck.stuck)
+                error.is_half_done = True
+                raise error from failure
             raise
         snapshot = made  # a signal came too late
     with phases.phase("finish"):
         try:
-            journal.at("finishing")
-            finish(entry, tools)
+            control.to_its_end(lambda: _finish(journal, tools))
         except Exception:
             raise
         except BaseException:  # noqa: BLE001 - a signal came too late; it is the only one, see `control.to_its_end`
-            finish(entry, tools)
+            pass
     return Created(snapshot=snapshot, pid=entry.root, seconds=phases.seconds, findings=found)
 
 
@@ -313,6 +314,11 @@ def finish(entry: Entry, tools: Tools) -> None:
     _go_on(entry, tools)
     if entry.point:
         points.dismiss(entry.point)
+
+
+def _finish(journal: Journal, tools: Tools) -> None:
+    journal.at("finishing")
+    finish(journal.entry, tools)
 
 
 def _go_on(entry: Entry, tools: Tools) -> None:

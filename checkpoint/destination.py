@@ -16,7 +16,7 @@ from checkpoint.fingerprint import Difference, require_fit
 from checkpoint.manifest import Manifest
 from checkpoint.nvml import Device
 from checkpoint.placement import Left, place
-from checkpoint.preflight_memory import SPARE_BYTES, available_bytes
+from checkpoint.preflight_memory import SPARE_BYTES, available
 from checkpoint.processes import is_there, start_ticks
 
 _WAITED_FOR_S: Final = 10.0
@@ -88,10 +88,10 @@ def require_memory(manifest: Manifest) -> None:
     Raises:
         RetryError: there is too little now.
     """
-    available = available_bytes()
-    if manifest.bytes_logical + SPARE_BYTES > available:
+    found = available()
+    if manifest.bytes_logical + SPARE_BYTES > found.nbytes:
         raise RetryError(
-            f"the processes had {manifest.bytes_logical >> 20} MiB in memory, and {available >> 20} MiB are free here",
+            f"the processes had {manifest.bytes_logical >> 20} MiB in memory, and {found}",
             mend="end something else, or restore it later",
         )
 

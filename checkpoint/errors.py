@@ -22,9 +22,14 @@ from weightfs.errors import BusyError, IntegrityError, UnfitError, WeightfsError
 
 
 class CheckpointError(WeightfsError):
-    """Root of this package's errors."""
+    """Root of this package's errors.
+
+    Attributes:
+        is_half_done: what a command had begun could be neither completed nor undone: its journal stays.
+    """
 
     code: ClassVar[str] = "checkpoint"
+    is_half_done: bool = False
 
 
 class TargetError(CheckpointError):

@@ -41,6 +41,8 @@ _CUT_ONE_OF: Final = 16
 _LEAST_ZERO_PAGES: Final = 4
 """Fewer zeros stay in their chunk, where they cost next to nothing."""
 _PIECE_PAGES: Final = 1024
+_MOST_TOGETHER: Final = 16
+"""So many pieces, one after the other, are one thread's: a run of weights is followed from each into the next."""
 _MARGIN_PAGES: Final = 2 * SHORTEST_BYTES // PAGE_BYTES
 """Seen on both sides of a piece as well, so that of a run that begins or ends near its edge enough shows to find it."""
 _WORDS: Final = PAGE_BYTES // 8
@@ -143,23 +145,41 @@ def _surveyed(image: _Image, anchors: Anchors, threads: int) -> _Survey:
     def work(pieces: Iterator[int]) -> None:
         finder = Finder(anchors)
         buffer = np.empty((_PIECE_PAGES + 2 * _MARGIN_PAGES) * PAGE_BYTES, dtype=np.uint8)
-        for start in pieces:
-            end = min(start + _PIECE_PAGES, count)
-            first, last = max(0, start - _MARGIN_PAGES), min(end + _MARGIN_PAGES, count)
-            content = buffer[: (last - first) * PAGE_BYTES]
-            image.read(content.data, first * PAGE_BYTES)
-            pages = content.view(np.uint64).reshape(-1, _WORDS)[start - first : end - first]
-            zero[start:end] = _zero(pages)
-            cuts[start:end] = _cuts(pages)
-            for match in finder.find(content):
-                low = max(match.start + first * PAGE_BYTES, start * PAGE_BYTES)
-                high = min(match.end + first * PAGE_BYTES, end * PAGE_BYTES)
-                if low < high:
-                    offset = match.offset + low - match.start - first * PAGE_BYTES
-                    found.append(Match(low, high, match.file, offset))
+        for begin in pieces:
+            reached: Match | None = None
+            for start in range(begin, min(begin + together, count), _PIECE_PAGES):
+                end = min(start + _PIECE_PAGES, count)
+                first, last = max(0, start - _MARGIN_PAGES), min(end + _MARGIN_PAGES, count)
+                content = buffer[: (last - first) * PAGE_BYTES]
+                image.read(content.data, first * PAGE_BYTES)
+                here = [
+                    clipped
+                    for match in finder.find(content, _going_on(reached, start, first))
+                    if (clipped := _clipped(match, first * PAGE_BYTES, start * PAGE_BYTES, end * PAGE_BYTES))
+                ]
+                found.extend(here)
+                reached = here[-1] if here and here[-1].end == end * PAGE_BYTES else None
+                if reached is None or reached.start > start * PAGE_BYTES:
+                    pages = content.view(np.uint64).reshape(-1, _WORDS)[start - first : end - first]
+                    zero[start:end] = _zero(pages)
+                    cuts[start:end] = _cuts(pages)
 
-    _together(work, range(0, count, _PIECE_PAGES), threads)
+    together = _PIECE_PAGES * max(1, min(_MOST_TOGETHER, count // _PIECE_PAGES // (4 * threads)))
+    _together(work, range(0, count, together), threads)
     return _Survey(zero=zero, cuts=cuts, matches=list(_joined(sorted(found))))
+
+
+def _going_on(reached: Match | None, start: int, first: int) -> tuple[int, int, int] | None:
+    """What `Finder.find` is to look at first in what begins at page `first`: a run that came up to page `start`."""
+    if reached is None:
+        return None
+    return (start - first) * PAGE_BYTES, reached.file, reached.offset + reached.end - reached.start
+
+
+def _clipped(match: Match, moved: int, low: int, high: int) -> Match | None:
+    """A match `moved` bytes further on, what is within `[low, high)` of it; None where that is nothing."""
+    start, end = max(match.start + moved, low), min(match.end + moved, high)
+    return Match(start, end, match.file, match.offset + start - match.start - moved) if start < end else None
 
 
 def _zero(pages: NDArray[np.uint64]) -> Pages:

@@ -43,6 +43,7 @@ class Entry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         started: the tree was started for the snapshot; undone, it ends.
         point: the folder through which the root speaks (`points`), empty without.
         work: the folder for what CRIU says, which goes with the journal.
+        stuck: why it could be neither completed nor undone when that was tried last; empty where it was not tried.
     """
 
     kind: str
@@ -61,10 +62,13 @@ class Entry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     started: bool = False
     point: str = ""
     work: str = ""
+    stuck: str = ""
 
 
 class Journal:
     """One command's journal, a context manager: what leaves it has come to an end that needs no recovery.
+
+    Left with an error that says `is_half_done` it stays, for `weightfs snapshot recover`.
 
     Args:
         entry: what is begun.
@@ -91,8 +95,11 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        finish(self._path)
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        if isinstance(error, CheckpointError) and error.is_half_done:
+            note_stuck(self._path, self.entry, error)
+        else:
+            finish(self._path)
         os.close(self._fd)
 
     def at(self, step: str, **changes: Any) -> None:
@@ -136,8 +143,9 @@ def left_over() -> Iterator[tuple[str, Entry]]:
 
     Raises:
         CorruptError: others could have written where they lie.
-        CheckpointError: they, or one of them, can't be read.
+        CheckpointError: they can't be read; or one of them, when all others were dealt with.
     """
+    unread: CheckpointError | None = None
     folder = runtime.path_of(_FOLDER)
     try:
         names = sorted(os.listdir(folder))
@@ -163,14 +171,23 @@ def left_over() -> Iterator[tuple[str, Entry]]:
             try:
                 entry = msgspec.json.decode(content, type=Entry)
             except msgspec.DecodeError as e:
-                raise CheckpointError(
-                    f"can't be read: {e}", path=path, mend="look what is stopped (ps -e), then remove it"
-                ) from e
+                mend = "look what is stopped (ps -e), then remove it"
+                unread = CheckpointError(f"can't be read: {e}", path=path, mend=mend)
+                continue
             yield path, entry
         except BlockingIOError:
             continue
         finally:
             os.close(fd)
+    if unread is not None:
+        raise unread
+
+
+def note_stuck(path: str, entry: Entry, why: CheckpointError) -> None:
+    """Note in a journal that what it tells of can't be put right for now. It stays also where that can't be written."""
+    entry.stuck = str(why)
+    with contextlib.suppress(OSError), open(path, "ab", buffering=0) as file:
+        file.write(b"\n" + msgspec.json.encode(entry) + b"\n")  # what was cut short may be before it
 
 
 def finish(path: str) -> None:

@@ -11,7 +11,7 @@ import msgspec
 
 from checkpoint.drafts import Draft
 from checkpoint.manifest import Manifest
-from checkpoint.preflight_memory import available_bytes
+from checkpoint.preflight_memory import available
 from checkpoint.snapshots import Snapshot
 
 if TYPE_CHECKING:
@@ -165,6 +165,6 @@ def keeping_in(draft: Draft, work: str, state: str, *, plain: bool, master: Mast
     vault = Vault(os.path.dirname(draft.folder), master)
     with (
         vault.packs.begin(threads=len(os.sched_getaffinity(0))) as writer,
-        Scratch(os.path.join(work, IMAGES), nbytes=available_bytes(), must_not_swap=master is not None) as scratch,
+        Scratch(os.path.join(work, IMAGES), nbytes=available().nbytes, must_not_swap=master is not None) as scratch,
     ):
         yield Chunked(draft, vault, writer, scratch, state)

@@ -9,6 +9,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Final, NamedTuple, Protocol
 
 from checkpoint.digests import Identity
@@ -66,13 +67,13 @@ class PageImage(Protocol):
 
 
 class Chunks(Protocol):
-    """What gives chunks by id: `checkpoint.chunks.packs.Packs`."""
+    """What gives chunks by id: `checkpoint.chunks.openers.Openers`."""
 
     def get(self, id_: bytes, /) -> bytes:
         """A whole chunk, verified."""
 
-    def get_all(self, ids: Sequence[bytes], /) -> list[Any]:
-        """Whole chunks, verified, in that order; each of any type that has the buffer protocol."""
+    def opened(self, ids: Sequence[bytes], /) -> AbstractContextManager[list[Any]]:
+        """Whole chunks, verified, in that order, while the context lasts; each of any type with the buffer protocol."""
 
 
 class PlainPages:
@@ -153,29 +154,11 @@ class Sources:
         What lies one behind the other in memory is one part.
         """
         wanted = [one.id for one in extents if isinstance(one, ChunkBytes)]
-        contents = iter(self._chunks.get_all(wanted) if wanted else ())
-        held = []  # for as long as this is
-        start = end = 0
-        for extent in extents:
-            address = None
-            if isinstance(extent, ChunkBytes):
-                held.append(next(contents))
-                address, nbytes = _place(held[-1])
-                if nbytes < extent.at + extent.nbytes:
-                    raise _short(nbytes)
-                address += extent.at
-                if address == end:
-                    end += extent.nbytes
-                    continue
-            if end > start:
-                yield Part(end - start, start)
-                start = end = 0
-            if address is None:
-                yield Part(extent.nbytes, None, is_zero=True)
-            else:
-                start, end = address, address + extent.nbytes
-        if end > start:
-            yield Part(end - start, start)
+        if not wanted:
+            yield from (Part(one.nbytes, None, is_zero=True) for one in extents)
+            return
+        with self._chunks.opened(wanted) as contents:
+            yield from _parts_of(extents, contents)
 
     def weight(self, number: int, view: memoryview, offset: int) -> None:
         """Fill `view` from a weight file; errors are those of `PageImage.read`."""
@@ -312,6 +295,31 @@ class _Buffer(ctypes.Structure):
         ("suboffsets", ctypes.c_void_p),
         ("internal", ctypes.c_void_p),
     )
+
+
+def _parts_of(extents: Sequence[ChunkBytes | Zero], contents: Sequence[Any]) -> Iterator[Part]:
+    """Parts of chunks whose contents are there, and of zeros."""
+    places = map(_place, contents)
+    start = end = 0
+    for extent in extents:
+        address = None
+        if isinstance(extent, ChunkBytes):
+            address, nbytes = next(places)
+            if nbytes < extent.at + extent.nbytes:
+                raise _short(nbytes)
+            address += extent.at
+            if address == end:
+                end += extent.nbytes
+                continue
+        if end > start:
+            yield Part(end - start, start)
+            start = end = 0
+        if address is None:
+            yield Part(extent.nbytes, None, is_zero=True)
+        else:
+            start, end = address, address + extent.nbytes
+    if end > start:
+        yield Part(end - start, start)
 
 
 def _place(content: Any) -> tuple[int, int]:

@@ -73,7 +73,7 @@ def examine(
     needed = (one for one in attachments_of(running, sockets) if one.needed and one.path != os.devnull)
     found += [_of_an_attachment(one) for one in needed]
     found += gpu_findings(running, sockets)
-    found += memory_findings(running, store=store, gpu_bytes=gpu_bytes, in_memory=in_memory, proc=proc)
+    found += memory_findings(running, store=store, gpu_bytes=gpu_bytes, in_memory=in_memory, root=os.path.dirname(proc))
     return sorted(found, key=lambda one: not one.fatal)
 
 

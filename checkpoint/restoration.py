@@ -148,7 +148,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
             held.enter_context(store.lock(name, shared=True, timeout_s=_REPLACED_S))
             snapshot = store.open(name)
             manifest = snapshot.manifest
-            readable = Readable(snapshot, tools.state, options.master)
+            readable = held.enter_context(contextlib.closing(Readable(snapshot, tools.state, options.master)))
             verification = None
             if options.verify and readable.is_plain:
                 later = () if options.plain or userfaultfd.reason_against() else private_pages(snapshot.images)

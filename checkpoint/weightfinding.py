@@ -145,11 +145,16 @@ class Anchors:
     def _slots(self, words: NDArray[np.uint64], spread: np.uint64) -> NDArray[np.int64]:
         return (words * spread >> self._shift).view(np.int64)  # NumPy would convert unsigned ones to look up
 
-    def seen(self, content: Bytes) -> Iterator[tuple[int, int]]:
-        """Where anchors stand, ascending: place in `content` and number of the first anchor with these bytes."""
-        if not len(self._words):
+    def seen(self, content: Bytes, begin: int) -> Iterator[tuple[int, int]]:
+        """Where anchors stand, ascending: place in `content` and number of the first anchor with these bytes.
+
+        Args:
+            content: of any length.
+            begin: from where on, a multiple of `PAGE_BYTES`.
+        """
+        if not len(self._words) or begin >= len(content):
             return
-        words = content[: len(content) // _WINDOW_BYTES * _WINDOW_BYTES].view(np.uint64)[
+        words = content[begin : len(content) // _WINDOW_BYTES * _WINDOW_BYTES].view(np.uint64)[
             :: _WINDOW_BYTES // _WORD_BYTES
         ]
         likely = np.flatnonzero(self._table[self._slots(words, _SPREADS[0])])
@@ -157,7 +162,7 @@ class Anchors:
         words = words[likely]
         numbers = np.searchsorted(self._words, words)
         same = self._words[np.minimum(numbers, len(self._words) - 1)] == words
-        yield from zip((likely[same] * _WINDOW_BYTES).tolist(), numbers[same].tolist(), strict=True)
+        yield from zip((likely[same] * _WINDOW_BYTES + begin).tolist(), numbers[same].tolist(), strict=True)
 
     def places(self, number: int) -> list[tuple[int, int]]:
         """File number and offset of the anchors that have the same bytes as the one of that number, the first."""
@@ -174,20 +179,29 @@ class Finder:
         self._anchors = anchors
         self._buffer = np.empty(_BLOCKS[-1], dtype=np.uint8)
 
-    def find(self, content: Bytes) -> list[Match]:
+    def find(self, content: Bytes, before: tuple[int, int, int] | None = None) -> list[Match]:
         """The weights in some pages, ascending, none overlapping, each of at least `SHORTEST_BYTES`.
 
         Args:
             content: whole pages. Places in matches count from where it begins.
+            before: where to begin, the number of the file, and its offset there, of a run that came so far: whether it
+                goes on is looked at first, and nothing before is. That costs half of what looking for anchors does. It
+                may go on for less than `SHORTEST_BYTES`.
 
         Raises:
             CheckpointError: a weight file can't be read.
             RetryError: it became shorter.
         """
         found: list[Match] = []
-        reached = 0
+        reached = begin = 0
+        if before is not None:
+            begin, file, offset = before
+            highest = min(len(content), begin + (self._anchors.files[file].nbytes - offset) // PAGE_BYTES * PAGE_BYTES)
+            reached = self._extend(content, begin, highest, file, offset - begin)
+            if reached > begin:
+                found.append(Match(begin, reached, file, offset))
         attempts: dict[int, int] = {}
-        for at, number in self._anchors.seen(content):
+        for at, number in self._anchors.seen(content, reached):
             if at < reached or attempts.get(number, 0) >= _ATTEMPTS:
                 continue
             best = self._longest(content, at, number, reached)

@@ -39,6 +39,12 @@ class Driver(Protocol):
     def free(self, address: int) -> None:
         """Give pinned memory back, from which nothing is being copied."""
 
+    def allocate_device(self, nbytes: int) -> int:
+        """Memory of the device; gives its address."""
+
+    def free_device(self, address: int) -> None:
+        """Give it back, once nothing is being copied there."""
+
     def register(self, address: int, nbytes: int) -> None:
         """Pin memory of this process, whole pages, for reading; no page may be registered twice."""
 

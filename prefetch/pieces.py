@@ -88,3 +88,25 @@ def jobs_of(pieces: Iterable[Piece], job_bytes: int) -> list[Job]:
     if spans:
         jobs.append(Job(fd, start, end - start, tuple(spans)))
     return jobs
+
+
+def cut(job: Job, job_bytes: int) -> list[Job]:
+    """A job as jobs of `job_bytes` at most, see `jobs_of`."""
+    if job.nbytes <= job_bytes:
+        return [job]
+    return jobs_of((Piece(job.fd, job.offset + at, nbytes, address) for at, nbytes, address in job.spans), job_bytes)
+
+
+def split(pieces: Iterable[Piece], nbytes: int) -> tuple[list[Piece], list[Piece]]:
+    """The first `nbytes` bytes of pieces, or all there are, and the rest."""
+    head: list[Piece] = []
+    tail: list[Piece] = []
+    for piece in pieces:
+        taken = min(piece.nbytes, nbytes)
+        nbytes -= taken
+        if taken:
+            head.append(piece._replace(nbytes=taken))
+        if taken < piece.nbytes:
+            fd, offset, whole, address = piece
+            tail.append(Piece(fd, offset + taken, whole - taken, address + taken))
+    return head, tail

@@ -61,18 +61,14 @@ class RingLane:
 
     def __init__(self, driver: Driver, buffers: int, buffer_bytes: int) -> None:
         self._driver = driver
+        self._most = buffers
+        self._buffer_bytes = buffer_bytes
         self._buffers: list[_Buffer] = []
         self.waited_s = 0.0
         """How long its thread has waited for the GPU, in all."""
         self.is_lost = False
         """Whether the driver failed while it waited for copies. Then nobody knows what the GPU still reads."""
         self._stream = driver.open_stream()
-        try:
-            for _ in range(buffers):
-                self._buffers.append(_Buffer(driver, buffer_bytes))
-        except BaseException:
-            self.close()
-            raise
 
     def run(self, feed: Feed, read: Callable[[Job, memoryview], None]) -> None:
         """Copy the jobs of a feed, until there are no more; returns once none of its copies is under way.
@@ -87,9 +83,11 @@ class RingLane:
         """
         turn = 0
         try:
-            for job in feed:
+            for job in feed.buffers():
+                if turn == len(self._buffers):  # pinned when it is needed, while the ones before are being copied
+                    self._buffers.append(_Buffer(self._driver, self._buffer_bytes))
                 buffer = self._buffers[turn]
-                turn = (turn + 1) % len(self._buffers)
+                turn = (turn + 1) % self._most
                 before = time.perf_counter()
                 buffer.settle()
                 self.waited_s += time.perf_counter() - before

@@ -64,7 +64,7 @@ class WindowLane:
         windows: list[Window] = []
         pinned_bytes = 0
         try:
-            for job in feed:
+            for job in feed.windows():
                 window = self._open(job.fd, job.offset, -(-job.nbytes // PAGE_BYTES) * PAGE_BYTES)
                 windows.append(window)
                 for at, nbytes, address in job.spans:

@@ -11,18 +11,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final, Literal
+
+import msgspec
 
 _UNLIMITED_BYTES: Final = 1 << 60
 """Limits above it are the kernel's way to say that there is none (version 1 says 2^63, less a page)."""
 _LIMITS: Final = {1: ("memory.limit_in_bytes",), 2: ("memory.max", "memory.high")}
 _USED: Final = {1: "memory.usage_in_bytes", 2: "memory.current"}
-_INACTIVE: Final = {1: "total_inactive_file", 2: "inactive_file"}
+_CACHED: Final = {1: ("total_inactive_file", "total_active_file"), 2: ("inactive_file", "active_file")}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryGroup:
+class MemoryGroup(msgspec.Struct, frozen=True, kw_only=True):
     """A control group that memory is charged to.
 
     Attributes:
@@ -45,23 +45,23 @@ class MemoryGroup:
             place = os.path.dirname(place)
 
 
-@dataclass(frozen=True, slots=True)
-class Limit:
+class Limit(msgspec.Struct, frozen=True):
     """What a control group may hold.
 
     Attributes:
         path: the group's folder.
         nbytes: the limit.
         free_bytes: what is left under it, inactive file pages counted as free.
+        obtainable_bytes: the same with all of the page cache counted as free: what memory of processes can take of it.
     """
 
     path: str
     nbytes: int
     free_bytes: int
+    obtainable_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
     """What a process may fill, as far as it can be read.
 
     Attributes:
@@ -87,8 +87,7 @@ class Memory:
         return min(self.limits, key=lambda limit: limit.free_bytes, default=None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
+class Budget(msgspec.Struct, frozen=True, kw_only=True):
     """How many bytes of page cache prefetch may fill.
 
     Attributes:
@@ -215,7 +214,9 @@ def _limits(group: MemoryGroup) -> Iterator[Limit]:
         here = min((limit for limit in limits if limit is not None and limit < _UNLIMITED_BYTES), default=None)
         if here is not None:
             used = _number(place, _USED[group.version]) or 0
-            yield Limit(place, here, max(0, min(here, here - used + _inactive(place, group.version))))
+            inactive, active = _cached(place, group.version)
+            free, obtainable = (max(0, min(here, here - used + cached)) for cached in (inactive, inactive + active))
+            yield Limit(place, here, free, obtainable)
 
 
 def _number(place: str, name: str) -> int | None:
@@ -223,6 +224,9 @@ def _number(place: str, name: str) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def _inactive(place: str, version: int) -> int:
-    found = re.search(rf"^{_INACTIVE[version]} (\d+)$", read_text(os.path.join(place, "memory.stat")), re.MULTILINE)
-    return int(found[1]) if found else 0
+def _cached(place: str, version: int) -> tuple[int, int]:
+    """Bytes of the page cache, inactive and active."""
+    text = read_text(os.path.join(place, "memory.stat"))
+    found = (re.search(rf"^{name} (\d+)$", text, re.MULTILINE) for name in _CACHED[version])
+    inactive, active = (int(one[1]) if one else 0 for one in found)
+    return inactive, active

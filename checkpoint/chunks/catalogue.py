@@ -13,10 +13,12 @@ from typing import Any, Final
 from checkpoint import guarded
 from checkpoint.chunks import pack
 from checkpoint.chunks.folder import Folder, Pack
-from checkpoint.errors import CheckpointError, CorruptError
+from checkpoint.errors import CheckpointError, CorruptError, RetryError
 
 _NUMBER_BITS: Final = 20
 _NUMBER: Final = (1 << _NUMBER_BITS) - 1
+MOST_LOOKS: Final = 32
+"""At a folder whose packs come and go all the while; each look takes about as long as one who changes it must take."""
 _GAP_BYTES: Final = 256 << 10
 """Chunks this near to each other are read ahead at once."""
 
@@ -41,6 +43,9 @@ class Catalogue:
         packs: those that can be used.
         faults: why others can't, by name.
         places: where each chunk is: the ordinal of its pack and, in the low 20 bits, the number of its record.
+
+    Raises:
+        RetryError: packs came or went at each of many looks.
     """
 
     def __init__(self, folder: Folder, digest_key: bytes) -> None:
@@ -50,8 +55,8 @@ class Catalogue:
         self.places: dict[bytes, int] = {}
         self._opened: dict[int, OpenPack] = {}
         self._lock = threading.Lock()
-        while not self._look_up(folder):
-            pass
+        if not any(self._look_up(folder) for _ in range(MOST_LOOKS)):
+            raise RetryError("its packs change faster than they can be listed", path=folder.path, mend="try again")
 
     def _look_up(self, folder: Folder) -> bool:
         """Fill it in; gives False where packs came or went meanwhile: a listing may have missed old and new."""

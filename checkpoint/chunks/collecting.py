@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,6 +25,12 @@ from checkpoint.errors import CheckpointError, CorruptError
 _WAIT_S: Final = 10.0
 _SPARSE: Final = 0.5
 """A pack with less of it live is written anew: so the packs take at most twice what is live."""
+_MANY: Final = 8
+"""So many packs of about a size are merged."""
+_TIERS: Final = (1 << 20, 8 << 20, 64 << 20)
+"""Packs of less are of about a size, in bytes. Merged they are of the next one: a chunk is written anew three times at
+most for that, and a prune leaves 21 packs below the last at most.
+"""
 _log = logging.getLogger(__name__)
 
 
@@ -34,7 +40,8 @@ class Pruned:
 
     Attributes:
         removed: how many packs went.
-        rewritten: how many of those had chunks that are needed, which are in new packs.
+        rewritten: how many of those had chunks that are needed, which are in new packs; they had few of them, or were
+            many small ones.
         freed_nbytes: by how much the folder is smaller.
         faults: packs that can't be read and were left as they are, by name.
     """
@@ -82,10 +89,12 @@ def prune(folder: Folder, live: Callable[[], Iterable[bytes]]) -> Pruned:
         faults = dict(catalogue.faults)
         going: list[Pack] = []
         rewritten = 0
+        needed = _needed(catalogue.packs, wanted)
+        dense = {found.path: nbytes for found, numbers in needed if (nbytes := _dense_nbytes(found, numbers))}
+        stays = dense.keys() - _many_small(dense)
         with PackWriter(folder, digest_key, frozenset(), threads=0) as writer:
-            for found, numbers in _needed(catalogue.packs, wanted):
-                nbytes = sum(pack.HEAD_BYTES + found.table[number].sealed_nbytes for number in numbers)
-                if numbers and nbytes >= _SPARSE * (found.table.offsets[-1] - pack.START):
+            for found, numbers in needed:
+                if found.path in stays:
                     continue
                 try:
                     _move(found, numbers, writer)
@@ -143,6 +152,22 @@ def _needed(packs: list[Pack], wanted: set[bytes]) -> list[tuple[Pack, list[int]
                 numbers.append(number)
         needed.append((found, numbers))
     return needed
+
+
+def _dense_nbytes(found: Pack, numbers: list[int]) -> int:
+    """What the records of a pack take that are needed; 0 where that is too little of it."""
+    nbytes = sum(pack.HEAD_BYTES + found.table[number].sealed_nbytes for number in numbers)
+    return nbytes if nbytes >= _SPARSE * (found.table.offsets[-1] - pack.START) else 0
+
+
+def _many_small(sizes: Mapping[str, int]) -> set[str]:
+    """Which packs are to be one, by the bytes of each that are needed."""
+    merged: set[str] = set()
+    for least, most in zip((0, *_TIERS), _TIERS, strict=False):
+        alike = {path for path, nbytes in sizes.items() if least <= nbytes < most}
+        if len(alike) >= _MANY:
+            merged |= alike
+    return merged
 
 
 def _move(found: Pack, numbers: list[int], writer: PackWriter) -> None:

@@ -13,13 +13,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from checkpoint.chunks import collecting, rotating
-from checkpoint.chunks.catalogue import Catalogue, GoneError
+from checkpoint.chunks.catalogue import MOST_LOOKS, Catalogue, GoneError
 from checkpoint.chunks.collecting import Pruned, Rebuilt
 from checkpoint.chunks.folder import Folder
 from checkpoint.chunks.keys import MasterKey
 from checkpoint.chunks.rotating import Rotated
 from checkpoint.chunks.writing import Added, PackWriter
-from checkpoint.errors import CheckpointError, CorruptError
+from checkpoint.errors import CheckpointError, CorruptError, RetryError
 
 __all__ = ["Added", "PackWriter", "Packs", "Pruned", "Rebuilt", "Rotated"]
 
@@ -106,6 +106,7 @@ class Packs:
 
         Raises:
             CorruptError: the chunk is damaged, is not in the store, or has fewer bytes.
+            RetryError: it was moved each time it was looked for.
             CheckpointError: it can't be read.
         """
         content = self.get(id_)
@@ -118,7 +119,7 @@ class Packs:
     def get(self, id_: bytes) -> bytes:
         """A whole chunk; errors are those of `read`."""
         catalogue, is_new = self._found(), False
-        while True:
+        for _ in range(MOST_LOOKS):
             try:
                 return catalogue.get(id_)
             except GoneError as e:
@@ -126,6 +127,7 @@ class Packs:
                     raise self._missing(id_, catalogue) from e
             # It may have been moved more than once meanwhile, or added after another thread had looked.
             catalogue, is_new = self._found_after(catalogue)
+        raise RetryError(f"the chunk {id_.hex()} is moved again and again", path=self.folder.path, mend="try again")
 
     def get_all(self, ids: Sequence[bytes]) -> list[Any]:
         """Whole chunks, in that order, with as few calls as can be; errors are those of `read`.

@@ -66,6 +66,7 @@ class DriverDouble:
         self._sizes: dict[int, int] = {}
         self._registered: dict[int, int] = {}
         self._device_memory: dict[int, ctypes.Array[ctypes.c_char]] = {}
+        self._allocated: set[int] = set()
         self._streams: dict[int, _Stream] = {}
         self._events: dict[int, threading.Event] = {}
         self._underway: dict[int, tuple[int, int]] = {}
@@ -101,6 +102,7 @@ class DriverDouble:
             assert not self.violations, self.violations
             left = {
                 "pinned": len(self._sizes),
+                "device": len(self._allocated),
                 "registered": len(self._registered),
                 "streams": len(self._streams),
                 "events": len(self._events),
@@ -155,6 +157,22 @@ class DriverDouble:
                 return
             self._not_underway("free", address, nbytes)
             self._graveyard.append(self._pinned.pop(address))
+
+    def allocate_device(self, nbytes: int) -> int:
+        self._called("allocate_device")
+        with self._turn:
+            address = self.device_memory(nbytes)
+            self._allocated.add(address)
+        return address
+
+    def free_device(self, address: int) -> None:
+        self._called("free_device")
+        with self._turn:
+            if address in self._allocated:
+                self._allocated.remove(address)
+                self._graveyard.append(self._device_memory.pop(address))
+            else:
+                self._violated(f"free of the device's {address:#x}, which is not allocated (any more)")
 
     def register(self, address: int, nbytes: int) -> None:
         self._called("register")

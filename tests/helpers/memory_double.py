@@ -7,6 +7,7 @@ books, so that a test can tell what is mapped, reserved, and was copied.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 from collections.abc import Sequence
@@ -33,20 +34,22 @@ class MemoryDouble:
         reserved: length by address.
         mapped: the same of what has memory.
         pieces: all that were copied.
-        room: how much may be mapped, in bytes.
+        refusals: so many of the next maps find no room.
         captured: how many CUDA graphs there are.
         astray: the next copy leaves out the last byte.
+        failing: the next copy fails.
     """
 
     granularity = 64 << 10
 
-    def __init__(self, room: int = 1 << 40) -> None:
+    def __init__(self) -> None:
         self.reserved: dict[int, int] = {}
         self.mapped: dict[int, int] = {}
         self.pieces: list[Piece] = []
-        self.room = room
+        self.refusals = 0
         self.captured = 0
         self.astray = False
+        self.failing = False
         self.settled = 0
 
     def reserve(self, nbytes: int) -> int:
@@ -62,7 +65,8 @@ class MemoryDouble:
     def map(self, address: int, nbytes: int) -> None:
         assert self.reserved[address] == nbytes
         assert address not in self.mapped
-        if sum(self.mapped.values()) + nbytes > self.room:
+        if self.refusals:
+            self.refusals -= 1
             raise WeightfsError("out of memory")
         self._mmap(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, _MAP_FIXED)
         ctypes.memset(address, GARBAGE, nbytes)
@@ -82,6 +86,9 @@ class MemoryDouble:
         return torch.full((nbytes,), GARBAGE, dtype=torch.uint8)
 
     def copy(self, pieces: Sequence[Piece]) -> None:
+        if self.failing:
+            self.failing = False
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         for piece in pieces:
             self.pieces.append(piece)
             content = os.pread(piece.fd, piece.nbytes, piece.offset)

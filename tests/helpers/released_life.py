@@ -34,20 +34,21 @@ class Life:
     def first(self) -> dict[str, Any]:
         """What it tells after the restore of the snapshot that was made at its point."""
         self.bytes.append(self.commands.told("create", "first", command=self.command)["bytes"])
-        return self._restored("first")
+        return self.restored("first")
 
     def second(self) -> dict[str, Any]:
         """The same after one more snapshot, of the restored process."""
         assert "away" in self._ask()
         self.bytes.append(self.commands.told("create", "second", "--pid", str(self.pid))["bytes"])
-        return self._restored("second")
+        return self.restored("second")
 
     def again(self) -> dict[str, Any]:
         """The same of one more block, without a snapshot."""
         self._ask()
         return self._ask()
 
-    def _restored(self, name: str) -> dict[str, Any]:
+    def restored(self, name: str) -> dict[str, Any]:
+        """What it tells after a restore of one of both."""
         self._forget()
         self.pid = int(self.commands.told("restore", name)["pid"])
         return self._ask() if name == "second" else self._said()

@@ -81,7 +81,7 @@ def joined(parts: list[Piece] | list[tuple[int, int, int, int]]) -> list[tuple[i
     return found
 
 
-@given(st.lists(CUTS, max_size=6), st.lists(RUNS, max_size=3), st.sampled_from(("ring", "windows")), SIZES)
+@given(st.lists(CUTS, max_size=6), st.lists(RUNS, max_size=3), st.sampled_from(("ring", "windows", "both")), SIZES)
 def test_the_device_has_what_the_files_have(
     files: list[tuple[int, bytes]],
     cuts: list[tuple[int, int, int]],

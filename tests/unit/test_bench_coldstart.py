@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "tools", "bench"))
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "tools", "bench"))
 
 import _chart
 import _claims
@@ -18,6 +18,8 @@ import _coldstart_figure
 import _coldstart_many
 import _coldstart_rows
 import _coldstart_table as table
+import _coldstart_techniques
+from _coldstart_place import FailedError, Sample
 
 SVG = "{http://www.w3.org/2000/svg}"
 START = {"start Python": 1.0, "import torch": 5.0, "load weights": 3.0, "answer a request": 1.0}
@@ -40,7 +42,9 @@ def run(
         },
         "model": {"parameters": parameters, "nbytes": 2 * parameters},
         "many": [],
+        "failures": {},
         "mount_bytes": 40_000_000,
+        "warmed": {"released plain": 16e9},
         "snapshots": {"released plain": {"stored": 1.8e9}},
         "held": {"none": {"serving": {"gpu_bytes": 15e9}, "idle": {"gpu_bytes": 0, "host_bytes": 0}}},
         "rows": [
@@ -52,17 +56,17 @@ def run(
 
 
 def test_rows_are_named_alone_or_by_their_technique() -> None:
-    assert _coldstart_rows.chosen("mount cold, none") == ["mount cold", "none cold", "none warm"]
-    assert _coldstart_rows.chosen("none,none warm") == ["none cold", "none warm"]
-    for row in _coldstart_rows.ROWS:
-        technique, state = _coldstart_rows.split(row)
+    assert _coldstart_techniques.chosen("mount cold, none") == ["mount cold", "none cold", "none warm"]
+    assert _coldstart_techniques.chosen("none,none warm") == ["none cold", "none warm"]
+    for row in _coldstart_techniques.ROWS:
+        technique, state = _coldstart_techniques.split(row)
         assert f"{technique.name} {state}" == row
     with pytest.raises(ValueError, match="mount hot"):
-        _coldstart_rows.chosen("none,mount hot")
+        _coldstart_techniques.chosen("none,mount hot")
 
 
 def test_techniques_share_a_snapshot_only_if_it_is_made_alike() -> None:
-    stored = {name: one.stored_as for name, one in _coldstart_rows.BY_NAME.items() if one.snapshot is not None}
+    stored = {name: one.stored_as for name, one in _coldstart_techniques.BY_NAME.items() if one.snapshot is not None}
     assert stored["restore plain"] == stored["restore criu"]
     assert stored["released plain"] == stored["released criu"]
     others = ["restore plain", "restore", "restore unencrypted", "released plain", "released", "process"]
@@ -99,11 +103,12 @@ def test_the_headline_names_the_pair_of_each_ratio() -> None:
 def test_the_table_has_every_column_and_marks_what_is_only_claimed() -> None:
     said = table.table([run({"none cold": [30.0], "released plain warm": [0.5]})])
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in said]
-    assert {len(row) for row in cells} == {13}
+    assert {len(row) for row in cells} == {14}
     none, best = dict(zip(cells[0], cells[2], strict=True)), dict(zip(cells[0], cells[3], strict=True))
     assert none["GPU idle, GB"] == "0"
     assert none["GPU serving, GB"] == "15.00"
     assert none[f"article: s ({_claims.MARK})"] == "15.2"
+    assert best["files in memory when warm, GB"] == "16.00"
     assert (best["cold/warm"], best["cold/cold"], best["snapshot, GB"]) == ("60x", "-", "1.80")
 
 
@@ -111,6 +116,27 @@ def test_another_answer_is_never_silent() -> None:
     wrong = run({"none cold": [30.0]})
     wrong["rows"][0]["samples"][0]["same"] = False
     assert "OTHER ANSWERS" in "\n".join(table.table([wrong]))
+
+
+def test_a_row_that_failed_is_told_and_not_tried_again() -> None:
+    found, calls, told = _coldstart_rows.Measured(), [], list[str]()
+
+    def tell(row: str, sample: Sample) -> Sample:
+        told.append(row)
+        return sample
+
+    def broken() -> Sample:
+        calls.append(1)
+        raise FailedError("no GPU left")
+
+    for _ in range(2):
+        found.take("mount cold", broken, tell)
+        found.take("none cold", lambda: Sample(1.0, {}, True), tell)
+    assert (found.failures, len(calls)) == ({"mount cold": "no GPU left"}, 1)
+    assert len(found.samples["none cold"]) == 2
+    assert told == ["none cold"] * 2
+    said = table.report([run({"none cold": [30.0]}, failures=found.failures)])
+    assert "- `mount cold` FAILED: no GPU left" in said
 
 
 def test_stages_add_up_and_a_reload_is_taken_out_of_the_answer() -> None:
@@ -198,7 +224,7 @@ def test_nothing_leaves_the_paper(chart: ElementTree.Element) -> None:
 
 
 def test_labels_end_before_the_states_begin() -> None:
-    assert all(len(one.label) * 7.0 + 16 < 330 - 40 for one in _coldstart_rows.TECHNIQUES)
+    assert all(len(one.label) * 7.0 + 16 < 330 - 40 for one in _coldstart_techniques.TECHNIQUES)
 
 
 def test_both_colours_of_each_stage_stand_out_from_the_paper() -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.chunks import pack
+from checkpoint.chunks import catalogue, collecting, pack
+from checkpoint.chunks.catalogue import Catalogue, GoneError
+from checkpoint.chunks.folder import Folder
 from checkpoint.chunks.keys import MasterKey
 from checkpoint.chunks.packs import Packs
-from checkpoint.errors import CheckpointError, CorruptError
+from checkpoint.errors import CheckpointError, CorruptError, RetryError
 
 MASTER, NEW = MasterKey(secret=bytes(range(32))), MasterKey(secret=bytes(range(1, 33)))
 
@@ -72,6 +74,51 @@ def test_a_pack_that_cannot_be_opened_stays_and_says_why_a_chunk_is_missing(pack
     assert list(reader.rebuild().faults) == list(done.faults)
     assert list(reader.rotate(NEW).faults) == list(done.faults)
     assert len(Packs(packs.folder.path, NEW).get(ids[0])) == 3000
+
+
+def count(packs: Packs) -> int:
+    return len(list(Path(packs.folder.path).glob("*.pack")))
+
+
+def test_many_small_packs_become_one(packs: Packs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collecting, "_TIERS", (60_000, 480_000))
+    ids: list[bytes] = []
+    written = []
+    for number in range(128):
+        ids += added(packs, number, count=1 + number % 3)
+        done = packs.prune(lambda: ids)
+        assert done.removed == done.rewritten
+        written.append(done.rewritten)
+        assert count(packs) <= 2 * 7 + 1
+    assert written[:8] == [0] * 7 + [8]
+    assert sum(written) < 2.5 * 128, "none again and again"
+    assert {len(packs.get(id_)) for id_ in ids} == {3000}
+    assert packs.prune(lambda: ids).freed_nbytes == 0
+
+
+def test_a_folder_that_never_stands_still(packs: Packs, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = added(packs, 1)
+    looks = []
+
+    def look(self: Catalogue, folder: Folder) -> bool:
+        looks.append(folder)
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalogue, "_look_up", look)
+        with pytest.raises(RetryError, match="change faster"):
+            Packs(packs.folder.path, MASTER).get(ids[0])
+        assert len(looks) == catalogue.MOST_LOOKS
+    monkeypatch.setattr(Catalogue, "get", failing_with(GoneError()))
+    with pytest.raises(RetryError, match="moved again and again"):
+        packs.get(ids[0])
+
+
+def failing_with(error: Exception) -> Callable[..., bytes]:
+    def call(*_: object) -> bytes:
+        raise error
+
+    return call
 
 
 def test_keys_of_what_is_not_encrypted_cannot_be_changed(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ COMMANDS = [
     "mount", "umount", "status", "warm", "evict", "residency", "ls", "record", "verify", "doctor", "timeline", "setup",
     "demo",
 ]  # fmt: skip
-SNAPSHOT_COMMANDS = ["create", "restore", "run", "recover", "list", "show", "verify", "rm", "prune"]
+SNAPSHOT_COMMANDS = ["create", "restore", "run", "recover", "list", "show", "verify", "rm", "prune", "rotate"]
 HEAVY = {
     "cryptography", "gguf", "hypothesis", "lmdb", "numpy", "pydantic", "pyfuse3", "prometheus_client", "rich", "trio",
 }  # fmt: skip

@@ -12,6 +12,7 @@ from checkpoint.preflight import examine
 from checkpoint.preflight_memory import private_bytes
 from checkpoint.processes import Descriptor, Mapping, Process, namespaces_of
 from checkpoint.sockets import Socket
+from tests.helpers.fake_memory import GIB, MOUNTED_V2, V2, FakeMachine
 
 HERE = namespaces_of("self")
 
@@ -65,13 +66,15 @@ def test_memory_of_another_device() -> None:
 
 def test_inside_a_pid_namespace_only_the_first(tmp_path: Path) -> None:
     inside = process(namespaces=HERE | {"pid": 1})
-    (tmp_path / "self").symlink_to("/proc/self")
-    (tmp_path / "meminfo").symlink_to("/proc/meminfo")
-    (tmp_path / "4194300").mkdir()
-    status = tmp_path / "4194300/status"
+    proc = tmp_path / "proc"
+    proc.mkdir()
+    (proc / "self").symlink_to("/proc/self")
+    (proc / "meminfo").symlink_to("/proc/meminfo")
+    (proc / "4194300").mkdir()
+    status = proc / "4194300/status"
     for last, expected in (("7", ["pid-namespace"]), ("1", [])):
         status.write_text(f"NSpid:\t4194300\t{last}\nTracerPid:\t0\n")
-        found = examine([inside], sockets={}, proc=str(tmp_path))
+        found = examine([inside], sockets={}, proc=str(proc))
         assert [one.code for one in found] == expected
 
 
@@ -105,13 +108,13 @@ def test_shared_memory_counts_once() -> None:
 
 def test_a_dump_into_memory_needs_memory_and_hardly_any_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight_memory, "private_bytes", lambda processes, *, proc: 1 << 30)
-    meminfo = tmp_path / "meminfo"
+    machine = FakeMachine(tmp_path)
 
     def found(available: int, free: int, *, gpu: int = 0, in_memory: bool = True) -> list[str]:
-        meminfo.write_text(f"MemTotal: 1 kB\nMemAvailable: {available >> 10} kB\n")
+        machine.meminfo(8 << 30, available)
         monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((1, 1, 0, free, free, 0, 0, 0, 0, 255)))
         findings = preflight_memory.memory_findings(
-            [process()], store="/store", gpu_bytes=gpu, in_memory=in_memory, proc=str(tmp_path)
+            [process()], store="/store", gpu_bytes=gpu, in_memory=in_memory, root=machine.root
         )
         return [one.code for one in findings]
 
@@ -122,3 +125,28 @@ def test_a_dump_into_memory_needs_memory_and_hardly_any_disk(tmp_path: Path, mon
     assert found(4 << 30, 1 << 28, gpu=1 << 30) == []
     assert found(1 << 30, 1 << 28, in_memory=False) == ["store-space"]
     assert found(1 << 30, 2 << 30, in_memory=False) == []
+
+
+def test_a_control_group_s_limit_counts_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight_memory, "private_bytes", lambda processes, *, proc: GIB)
+    machine = FakeMachine(tmp_path)
+    machine.meminfo(64 * GIB, 32 * GIB)
+    machine.groups(V2, MOUNTED_V2)
+    machine.version_2("/a/b", used=3 * GIB, max=8 * GIB)
+    machine.version_2("/a", used=7 * GIB, inactive=GIB // 2, max=8 * GIB)
+    found = preflight_memory.available(root=machine.root)
+    assert found.nbytes == GIB + GIB // 2 + 7, "8 - 7, and what the group has in the page cache"
+    assert str(found) == f"1536 MiB are free under the limit of {tmp_path}/sys/fs/cgroup/a"
+
+    def codes_of(gpu_bytes: int) -> list[str]:
+        found = preflight_memory.memory_findings(
+            [process()], store=None, gpu_bytes=gpu_bytes, in_memory=True, root=machine.root
+        )
+        return [one.code for one in found]
+
+    assert codes_of(0) == []
+    assert codes_of(GIB) == ["memory"]
+    machine.version_2("/a", used=7 * GIB, max="max")
+    assert preflight_memory.available(root=machine.root).nbytes == 5 * GIB + 7
+    machine.version_2("/a/b", used=3 * GIB, max="max")
+    assert str(preflight_memory.available(root=machine.root)) == "32768 MiB are free on this machine"

@@ -13,9 +13,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from checkpoint import machine
+from checkpoint.chunks.keys import MasterKey
 from checkpoint.errors import MisfitError
 from checkpoint.store import Store
-from tests.helpers.snapshots import FINGERPRINT, add
+from tests.helpers.snapshots import FINGERPRINT, add, add_chunked
 from weightfs import mounts
 from weightfs.cli.main import app
 
@@ -112,6 +113,24 @@ def test_verify_reads_everything_and_names_what_is_damaged(store: Store) -> None
     assert "there is no snapshot 'none'" in result.stderr
     assert [one["ok"] for one in told(store, "verify", "good", "bad", code=4)["snapshots"]] == [True, False]
     assert run(store, "verify", "none").exit_code == 1
+
+
+def test_verify_without_a_name_verifies_all_that_the_key_is_for(store: Store, tmp_path: Path) -> None:
+    add(store, "plain")
+    add_chunked(store, "open")
+    add_chunked(store, "sealed", master=MasterKey(secret=bytes(32)))
+    os.mkdir(os.path.join(store.path, "broken"), 0o700)
+    key = tmp_path / "key"
+    key.write_bytes(bytes(32))
+    key.chmod(0o600)
+    document = told(store, "verify", code=4)
+    verdicts = {one["name"]: one["ok"] for one in document["snapshots"]}
+    assert (verdicts, document["not_verified"]) == ({"broken": False, "open": True, "plain": True}, ["sealed"])
+    os.rmdir(os.path.join(store.path, "broken"))
+    result = CliRunner().invoke(app, ["snapshot", "verify", "--key-file", str(key), "--store", store.path])
+    assert result.exit_code == 0
+    assert "sealed: " in result.stdout
+    assert "weightfs: open is not verified, for it is not encrypted" in result.stderr
 
 
 def test_rm_removes_what_it_can_and_says_what_it_can_not(store: Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import random
@@ -118,8 +119,9 @@ class Chunks:
         self.asked.append(id_)
         return self.content[id_]
 
-    def get_all(self, ids: Sequence[bytes], /) -> list[Any]:
-        return [self.get(id_) for id_ in ids]
+    @contextlib.contextmanager
+    def opened(self, ids: Sequence[bytes], /) -> Iterator[list[Any]]:
+        yield [self.get(id_) for id_ in ids]
 
 
 @pytest.fixture

@@ -185,3 +185,32 @@ def test_a_file_truncated_meanwhile_is_an_error(staging: Staging, driver: Driver
 
     with pytest.raises(IntegrityError, match="changed while it was copied"):
         staging.copy([Piece(fd, 0, size, driver.device_memory(size))], cancelled=truncate)
+
+
+def test_both_ways_at_once(driver: DriverDouble, fd: int, path: Path) -> None:
+    config = StagingConfig(
+        way="both", threads=2, buffers=2, buffer_bytes=WINDOW // 4, window_threads=2, window_bytes=WINDOW
+    )
+    pool = Staging(driver, config=config)
+    content = path.read_bytes()
+    address = driver.device_memory(len(content))
+    for _ in range(3):
+        copied = pool.copy([Piece(fd, 0, len(content), address)])
+        assert (copied.way, copied.threads, copied.nbytes) == ("both", 4, len(content))
+        assert driver.bytes_at(address, len(content)) == content
+    pool.close()
+    assert driver.counts["register"] > 0
+    assert driver.counts["copy"] > 3 * 41  # some of them were cut to buffers
+    driver.check()
+
+
+def test_the_last_windows_are_read(driver: DriverDouble, fd: int, path: Path) -> None:
+    """None of the threads waits at the end for one that has just begun to pin."""
+    config = StagingConfig(way="both", threads=1, buffers=2, buffer_bytes=WINDOW, window_threads=4, window_bytes=WINDOW)
+    pool = Staging(driver, config=config)
+    pool.copy([Piece(fd, 0, 4 * WINDOW, driver.device_memory(4 * WINDOW))])
+    assert driver.counts["register"] == 0
+    pool.copy([Piece(fd, 0, 6 * WINDOW, driver.device_memory(6 * WINDOW))])
+    assert driver.counts["register"] <= 2
+    pool.close()
+    driver.check()

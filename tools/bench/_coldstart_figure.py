@@ -11,8 +11,8 @@ from typing import Final
 
 from _chart import Bar, Group, svg
 from _claims import ARTICLE, CLAIMS, MARK
-from _coldstart_rows import TECHNIQUES
 from _coldstart_table import STAGES, Line, Runs, headline, lines, parameters, seconds, stages
+from _coldstart_techniques import TECHNIQUES
 
 CHROMIUM: Final = shutil.which("chromium") or shutil.which("google-chrome")
 _ARTICLES_SIZE: Final = range(6_000_000_000, 8_500_000_000)

@@ -13,11 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from _coldstart_place import Place, ask, end, free_port, make_warm
-from _coldstart_rows import Technique, path_of, snapshot_argv, snapshot_attempt, store_of
+from _coldstart_place import FailedError, Place, end, first_answer, free_port, make_warm
+from _coldstart_rows import path_of, snapshot_argv, snapshot_attempt, store_of
+from _coldstart_techniques import Technique
 
 _RESTORE_S: Final = 240.0
-_ANSWER_S: Final = 120.0
 _TOLD_EVERY: Final = 10
 
 
@@ -56,7 +56,7 @@ def in_a_row(place: Place, technique: Technique, count: int) -> Outcome:
         try:
             if status:
                 outcome.failures.append(f"restore {number}: status {status}, {said.get('error')}")
-            elif (why := _wrong(place, place.port)) is not None:
+            elif (why := _wrong(place, said["pid"], place.port)) is not None:
                 outcome.failures.append(f"restore {number}: {why}")
             else:
                 outcome.totals_s.append(time.monotonic() - began)
@@ -78,16 +78,20 @@ def at_once(place: Place, technique: Technique, count: int) -> Outcome:
 
     def one(port: int) -> None:
         command = ("restore", *technique.restore, "--new-pidns", "--publish", f"{port}:{place.port}")
-        done = subprocess.run(
-            snapshot_argv(place, technique, *command),
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=_RESTORE_S, check=False,
-        )  # fmt: skip
+        argv = snapshot_argv(place, technique, *command)
+        try:
+            done = subprocess.run(
+                argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=_RESTORE_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            outcome.failures.append(f"port {port}: not restored within {_RESTORE_S:g} s")
+            return
         said: dict[str, Any] = json.loads(done.stdout or "{}")
         if "pid" in said:
             pids.append(said["pid"])
         if done.returncode:
             outcome.failures.append(f"port {port}: status {done.returncode}, {said.get('error')}")
-        elif (why := _wrong(place, port)) is not None:
+        elif (why := _wrong(place, said["pid"], port)) is not None:
             outcome.failures.append(f"port {port}: {why}")
         else:
             outcome.totals_s.append(time.monotonic() - began)
@@ -122,10 +126,10 @@ def described(outcomes: Sequence[dict[str, Any]]) -> list[str]:
     return out
 
 
-def _wrong(place: Place, port: int) -> str | None:
+def _wrong(place: Place, pid: int, port: int) -> str | None:
     """Why a restored server's answer is not that of the first; None if it is."""
     try:
-        answer = ask(port, timeout_s=_ANSWER_S)
-    except (OSError, ValueError) as error:
+        answer = first_answer(place, pid, port)
+    except (FailedError, OSError, ValueError) as error:
         return f"no answer: {error!r}"
     return None if answer == place.answer else f"another answer: {answer}"

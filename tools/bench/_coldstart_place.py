@@ -30,6 +30,11 @@ _STILL_THERE: Final = 0.01
 """Of the files that a cold start reads, the most that may be in memory before it."""
 _LOOK_S: Final = 0.002
 _KEPT: Final = "place.json"
+_TAIL: Final = 1500
+
+
+class FailedError(Exception):
+    """A start or a snapshot that did not come to its end; the message says why."""
 
 
 @dataclass
@@ -83,6 +88,7 @@ class Place:
         answer: of the first server; all others must give the same.
         snapshots: what `weightfs snapshot create` said of the bytes, by the name of the snapshot.
         held: what a technique holds, by its name: see `Held`.
+        warmed: bytes of the files that a technique finds in memory when it is warm, by its name.
     """
 
     folder: str
@@ -95,6 +101,7 @@ class Place:
     answer: dict[str, Any] | None = None
     snapshots: dict[str, dict[str, int]] = field(default_factory=dict)
     held: dict[str, dict[str, Held]] = field(default_factory=dict)
+    warmed: dict[str, int] = field(default_factory=dict)
 
     def key(self) -> str:
         """A file with a key."""
@@ -120,6 +127,12 @@ class Place:
         """What servers write."""
         return os.path.join(self.folder, "server.log")
 
+    def log_tail(self) -> str:
+        """The last of it."""
+        with suppress(FileNotFoundError), open(self.log, encoding="utf-8", errors="replace") as file:
+            return file.read()[-_TAIL:].strip()
+        return ""
+
 
 # Servers
 
@@ -135,21 +148,25 @@ def ask(port: int, path: str = "/", *, timeout_s: float = 60.0) -> dict[str, Any
     return answer
 
 
-def first_answer(place: Place, pid: int) -> dict[str, Any]:
+def first_answer(place: Place, pid: int, port: int | None = None) -> dict[str, Any]:
     """The answer to a request as soon as there is one.
 
+    Args:
+        place: where.
+        pid: of the server.
+        port: through which it is asked; None for its own. One that is published may reset until the server listens.
+
     Raises:
-        SystemExit: the process ended, or took too long. It is ended.
+        FailedError: the process ended, or took too long. It is ended.
     """
     deadline = time.monotonic() + START_S
     while True:
         try:
-            return ask(place.port)
-        except ConnectionRefusedError:
+            return ask(place.port if port is None else port)
+        except ConnectionError:
             if not _runs(pid) or time.monotonic() > deadline:
                 end(pid)
-                with open(place.log, encoding="utf-8", errors="replace") as file:
-                    raise SystemExit(f"the server did not start:\n{file.read()[-2000:]}") from None
+                raise FailedError(f"the server does not answer: {place.log_tail()}") from None
             time.sleep(_LOOK_S)
 
 
@@ -237,7 +254,7 @@ def make_cold(*folders: str) -> None:
     """Have the kernel forget all files; returns once mincore(2) says so of those in these folders.
 
     Raises:
-        SystemExit: they stay in memory.
+        FailedError: they stay in memory.
     """
     for _ in range(10):
         os.sync()
@@ -246,15 +263,17 @@ def make_cold(*folders: str) -> None:
         if not stays:
             return
         time.sleep(0.5)  # what was being written or read has come to its end by then
-    raise SystemExit(f"stays in memory: {stays}")
+    raise FailedError(f"stays in memory: {stays}")
 
 
-def make_warm(*folders: str) -> None:
-    """All files in these folders into memory."""
+def make_warm(*folders: str) -> int:
+    """All files in these folders into memory; gives their bytes."""
+    nbytes = 0
     for path in _files(folders):
         with open(path, "rb", buffering=0) as file:
-            while file.read(16 << 20):
-                pass
+            while part := len(file.read(16 << 20)):
+                nbytes += part
+    return nbytes
 
 
 def _files(folders: Sequence[str]) -> list[str]:

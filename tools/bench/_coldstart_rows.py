@@ -1,8 +1,4 @@
-"""The techniques of the cold-start table: how each of them starts a server, cold or warm, and what it leaves behind.
-
-A row is a technique in a state, as `mount cold`. Cold: nothing is in memory, neither weights nor images nor Python's
-libraries, which mincore(2) confirms of the files that matter; the mount's daemon runs. Warm: everything is that can be.
-"""
+"""How a server is started by each technique, cold or warm, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -14,13 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
 
 from _coldstart_place import (
     HERE,
     WEIGHTFS,
     Clock,
+    FailedError,
     Held,
     Place,
     Sample,
@@ -32,120 +30,14 @@ from _coldstart_place import (
     make_warm,
     serve,
 )
+from _coldstart_techniques import BY_NAME, OPEN, State, Technique, split
 
 from checkpoint.cuda_helper import Cuda
+from checkpoint.errors import CheckpointError
 from checkpoint.processes import tree_of
 
-State = Literal["cold", "warm"]
-Source = Literal["model", "still", "mount"]
-PLAIN: Final = "_plain_server.py"
-RELEASED: Final = "_released_server.py"
-IMPORTED: Final = "_imported_server.py"
 _MOVE_S: Final = 240.0
 _FILL_S: Final = 120.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Technique:
-    """One line of the table.
-
-    Attributes:
-        name: in rows and options.
-        label: what readers of the table see.
-        states: in which it is measured.
-        source: where the server finds its weights: in the bare folder, or on a mount, which may read ahead (`mount`)
-            or not (`still`).
-        server: the script.
-        beside: what is started with the process: `fill` reads the bare folder's weights, `warm` asks the mount to.
-        snapshot: how its snapshot is made; None where it needs none. Techniques with equal ones share it.
-        restore: further options of `weightfs snapshot restore`.
-        in_place: GPU memory goes to the host's and back in a process that stays.
-    """
-
-    name: str
-    label: str
-    states: tuple[State, ...] = ("cold", "warm")
-    source: Source = "model"
-    server: str = PLAIN
-    beside: Literal["fill", "warm"] | None = None
-    snapshot: tuple[str, ...] | None = None
-    restore: tuple[str, ...] = ()
-    in_place: bool = False
-
-    @property
-    def stored_as(self) -> str:
-        """The folder of its snapshot, below that of all."""
-        return "-".join([self.server.strip("_").removesuffix(".py"), self.source, *(self.snapshot or ())])
-
-    @property
-    def is_made_by_command(self) -> bool:
-        """Whether the server says itself when it is to be snapshotted."""
-        return self.server != PLAIN
-
-
-_OPEN: Final = ("--no-encrypt",)
-_IMAGES: Final = ("--no-encrypt", "--plain")
-_ALONE: Final = ("--plain",)
-TECHNIQUES: Final = (
-    Technique(name="none", label="nothing: the bare folder"),
-    Technique(name="prefetch", label="prefetch only, of the bare folder", states=("cold",), beside="fill"),
-    Technique(name="mount", label="mount only (--prefetch off)", source="still"),
-    Technique(name="mount+prefetch", label="mount + prefetch", source="mount"),
-    Technique(name="mount+warm", label="mount + weightfs warm", source="mount", states=("cold",), beside="warm"),
-    Technique(
-        name="process",
-        label="process C/R only, weights loaded",
-        server=IMPORTED,
-        snapshot=_IMAGES,
-        restore=_ALONE,
-    ),
-    Technique(name="suspend", label="CUDA checkpoint in place", states=("warm",), source="mount", in_place=True),
-    Technique(name="restore criu", label="C/R + CUDA, CRIU alone", source="mount", snapshot=_IMAGES, restore=_ALONE),
-    Technique(name="restore plain", label="C/R + CUDA, page server", source="mount", snapshot=_IMAGES),
-    Technique(name="restore unencrypted", label="C/R + CUDA, deduplicated", source="mount", snapshot=_OPEN),
-    Technique(name="restore", label="C/R + CUDA, deduplicated, encrypted", source="mount", snapshot=()),
-    Technique(
-        name="released criu",
-        label="released weights, CRIU alone",
-        source="mount",
-        server=RELEASED,
-        snapshot=_IMAGES,
-        restore=_ALONE,
-    ),
-    Technique(
-        name="released plain",
-        label="all: released weights, page server",
-        source="mount",
-        server=RELEASED,
-        snapshot=_IMAGES,
-    ),
-    Technique(name="released", label="all, deduplicated, encrypted", source="mount", server=RELEASED, snapshot=()),
-)
-BY_NAME: Final = {one.name: one for one in TECHNIQUES}
-ROWS: Final = tuple(f"{one.name} {state}" for one in TECHNIQUES for state in one.states)
-
-
-def chosen(text: str) -> list[str]:
-    """The rows that an option names: rows, or techniques, which stand for all their rows; separated by commas.
-
-    Raises:
-        ValueError: there is no such row.
-    """
-    found: list[str] = []
-    for name in (part.strip() for part in text.split(",")):
-        if name in BY_NAME:
-            found += [f"{name} {state}" for state in BY_NAME[name].states]
-        elif name in ROWS:
-            found.append(name)
-        else:
-            raise ValueError(name)
-    return list(dict.fromkeys(found))
-
-
-def split(row: str) -> tuple[Technique, State]:
-    """The technique and the state of a row."""
-    name, _, state = row.rpartition(" ")
-    return BY_NAME[name], "cold" if state == "cold" else "warm"
 
 
 # One start
@@ -171,26 +63,25 @@ def prepare(place: Place, technique: Technique, state: State) -> None:
     if state == "cold":
         make_cold(place.model, *folders[1:])
     else:
-        make_warm(*folders)
+        place.warmed[technique.name] = make_warm(*folders)
 
 
 def started(place: Place, technique: Technique, state: State) -> Sample:
     """From the command to the answer, of a server that is started anew."""
     prepare(place, technique, state)
-    clock = Clock()
-    beside = _begin_beside(place, technique)
-    spawned = time.time()
-    try:
+    with ExitStack() as stack:
+        clock = Clock()
+        beside = _begin_beside(place, technique, stack)
+        spawned = time.time()
         server = serve(place, argv_of(place, technique))
+        stack.callback(lambda: end(server.pid))
         answer = first_answer(place, server.pid)
         total = time.monotonic() - clock.began
         told = ask(place.port, "/phases")
         clock.phases = {"start Python": told["started"] - spawned} | told["phases"]
         clock.phases["answer a request"] = total - sum(clock.phases.values())
         _note(place, technique, "serving", server.pid)
-    finally:
         inside = _end_beside(beside)
-    end(server.pid)
     _note(place, technique, "idle", None)
     place.answer = place.answer or answer
     return Sample(total, clock.phases, answer == place.answer, inside)
@@ -198,17 +89,22 @@ def started(place: Place, technique: Technique, state: State) -> Sample:
 
 def restored(place: Place, technique: Technique, state: State) -> Sample:
     """The same, of one that a restore brings back. Every byte is verified on the way."""
+    if technique.stored_as not in place.snapshots:
+        raise FailedError("there is no snapshot: making it failed")
     prepare(place, technique, state)
     clock = Clock()
     said = snapshot_command(place, technique, "restore", *technique.restore)
     clock.phases = {name: float(seconds) for name, seconds in said["phases"].items()}
     clock.phases["the command itself"] = time.monotonic() - clock.began - sum(clock.phases.values())
-    with clock.phase("answer a request"):
-        answer = first_answer(place, said["pid"])
-    sample = clock.sample(same=answer == place.answer)
-    sample.inside = dict(ask(place.port, "/phases").get("reload", {}))
-    _note(place, technique, "serving", said["pid"])
-    end(said["pid"])
+    try:
+        with clock.phase("answer a request"):
+            answer = first_answer(place, said["pid"])
+        sample = clock.sample(same=answer == place.answer)
+        sample.inside = dict(ask(place.port, "/phases").get("reload", {}))
+        _note(place, technique, "serving", said["pid"])
+    finally:
+        end(said["pid"])
+    _note(place, technique, "idle", None)
     return sample
 
 
@@ -243,25 +139,25 @@ def suspended(place: Place, technique: Technique, rounds: int) -> list[Sample]:
     return samples
 
 
-def _begin_beside(place: Place, technique: Technique) -> subprocess.Popen[bytes] | None:
+def _begin_beside(place: Place, technique: Technique, stack: ExitStack) -> subprocess.Popen[bytes] | None:
+    """What is started with the server; it is gone when `stack` is."""
     if technique.beside is None:
         return None
     fill = [sys.executable, os.path.join(HERE, "_fill_bare.py"), place.model]
     argv = fill if technique.beside == "fill" else [WEIGHTFS, "warm", path_of(place, technique), "--json"]
-    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    stack.enter_context(process)
+    stack.callback(process.kill)  # first; of one that has ended it does nothing
+    return process
 
 
 def _end_beside(process: subprocess.Popen[bytes] | None) -> dict[str, float]:
     """How long that took."""
     if process is None:
         return {}
-    try:
-        said, _ = process.communicate(timeout=_FILL_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
+    said, _ = process.communicate(timeout=_FILL_S)
     if process.returncode:
-        raise SystemExit(f"{process.args!r} ended with status {process.returncode}")
+        raise FailedError(f"{process.args!r} ended with status {process.returncode}")
     return {"reading ahead": float(json.loads(said)["seconds"])}
 
 
@@ -281,17 +177,19 @@ def store_of(place: Place, technique: Technique) -> str:
 
 def snapshot(place: Place, technique: Technique) -> Sample:
     """Start its server and snapshot it; the sample is that of the snapshot, a start by its command included."""
-    options = ("--replace", *[one for one in technique.snapshot or () if one not in _OPEN])
+    options = ("--replace", *[one for one in technique.snapshot or () if one not in OPEN])
     clock = Clock()
     if technique.is_made_by_command:
         command = ("--log", place.log, "--", *argv_of(place, technique))
         said = snapshot_command(place, technique, "create", *options, *command)
     else:
         server = serve(place, argv_of(place, technique))
-        first_answer(place, server.pid)
-        clock = Clock()
-        said = snapshot_command(place, technique, "create", "--pid", str(server.pid), *options)
-        end(server.pid)
+        try:
+            first_answer(place, server.pid)
+            clock = Clock()
+            said = snapshot_command(place, technique, "create", "--pid", str(server.pid), *options)
+        finally:
+            end(server.pid)
     clock.phases = {name: float(seconds) for name, seconds in said["phases"].items()}
     place.snapshots[technique.stored_as] = said["bytes"]
     place.remember()
@@ -303,11 +201,11 @@ def snapshot_command(place: Place, technique: Technique, command: str, *argument
     """What `weightfs snapshot COMMAND` says.
 
     Raises:
-        SystemExit: it failed.
+        FailedError: it failed.
     """
     status, said = snapshot_attempt(place, technique, command, *arguments)
     if status:
-        raise SystemExit(f"weightfs snapshot {command}: status {status}, {said.get('error')}")
+        raise FailedError(f"snapshot {command}: status {status}, {said.get('error')}; {place.log_tail()}")
     return said
 
 
@@ -321,12 +219,38 @@ def snapshot_attempt(place: Place, technique: Technique, command: str, *argument
 
 def snapshot_argv(place: Place, technique: Technique, command: str, *arguments: str) -> list[str]:
     """The command line of `weightfs snapshot COMMAND` for its snapshot."""
-    encryption = _OPEN if "--no-encrypt" in (technique.snapshot or ()) else ("--key-file", place.key())
+    encryption = OPEN if "--no-encrypt" in (technique.snapshot or ()) else ("--key-file", place.key())
     store = store_of(place, technique)
     return [WEIGHTFS, "snapshot", command, "server", "--store", store, *encryption, "--json", *arguments]
 
 
 # All rows
+
+
+@dataclass
+class Measured:
+    """Samples by row, and why others have none, or fewer.
+
+    Attributes:
+        samples: in the order in which they were taken.
+        failures: by row; one that failed is not tried again.
+    """
+
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def take(self, row: str, once: Callable[[], Sample | list[Sample]], told: Callable[[str, Sample], Sample]) -> None:
+        """Take a sample, or several."""
+        if row in self.failures:
+            return
+        try:
+            taken = once()
+        except (FailedError, CheckpointError, OSError, subprocess.SubprocessError) as error:
+            self.failures[row] = f"{error}"
+            print(f"{row}: FAILED: {error}", file=sys.stderr, flush=True)
+            return
+        for sample in taken if isinstance(taken, list) else [taken]:
+            self.samples.setdefault(row, []).append(told(row, sample))
 
 
 def measure(
@@ -336,7 +260,7 @@ def measure(
     cold_rounds: int,
     told: Callable[[str, Sample], Sample],
     until: float | None = None,
-) -> dict[str, list[Sample]]:
+) -> Measured:
     """Samples of each row. Rows take turns, so that whatever else the machine does meets all of them.
 
     Args:
@@ -346,26 +270,25 @@ def measure(
         cold_rounds: of each cold one.
         told: is told of each sample.
         until: no sample is begun after that (monotonic); rows may then have fewer, or none.
+
+    Raises:
+        FailedError: not even a server without anything of ours starts.
     """
-    samples: dict[str, list[Sample]] = {}
+    found = Measured()
     pairs = [(row, *split(row)) for row in rows]
-
-    def take(row: str, sample: Sample) -> None:
-        samples.setdefault(row, []).append(told(row, sample))
-
-    # So that the first row does not pay for what is made once after an installation, such as byte code.
-    told("(first of all)", started(place, BY_NAME["none"], "warm"))
+    if place.answer is None or any(technique.snapshot is None for _, technique, _ in pairs):
+        # So that the first row does not pay for what is made once after an installation, such as byte code.
+        told("(first of all)", started(place, BY_NAME["none"], "warm"))
     for technique in dict.fromkeys(each for _, each, _ in pairs):
         if technique.snapshot is not None and technique.stored_as not in place.snapshots:
-            take(f"(snapshot for {technique.name})", snapshot(place, technique))
+            found.take(f"(snapshot for {technique.name})", partial(snapshot, place, technique), told)
     for row, technique, _ in pairs:
         if technique.in_place:
-            for sample in suspended(place, technique, rounds):
-                take(row, sample)
+            found.take(row, partial(suspended, place, technique, rounds), told)
     for state, count in (("cold", cold_rounds), ("warm", rounds)):
         for _ in range(count):
             for row, technique, wanted in pairs:
                 if wanted == state and not technique.in_place and time.monotonic() < (until or math.inf):
                     once = started if technique.snapshot is None else restored
-                    take(row, once(place, technique, wanted))
-    return samples
+                    found.take(row, partial(once, place, technique, wanted), told)
+    return found

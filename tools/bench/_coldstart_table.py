@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from _claims import ARTICLE, CLAIMS, MARK, OTHERS, Claim
 from _coldstart_many import described
-from _coldstart_rows import TECHNIQUES
+from _coldstart_techniques import TECHNIQUES
 
 Runs = Sequence[Mapping[str, Any]]
 
@@ -183,7 +183,8 @@ def table(runs: Runs) -> list[str]:
     found = lines(runs)
     head = [
         "technique", "cold, s", "warm, s", "cold/cold", "warm/warm", "cold/warm", "GPU idle, GB", "GPU serving, GB",
-        "host idle, GB", "snapshot, GB", f"article: s ({MARK})", "article: snapshot, GB", "article: GPU held, GB",
+        "host idle, GB", "files in memory when warm, GB", "snapshot, GB",
+        f"article: s ({MARK})", "article: snapshot, GB", "article: GPU held, GB",
     ]  # fmt: skip
     rows = [head, ["---"] * len(head)]
     for technique in TECHNIQUES:
@@ -204,6 +205,7 @@ def table(runs: Runs) -> list[str]:
                 gigabytes(_held(runs, name, "idle", "gpu_bytes")),
                 gigabytes(_held(runs, name, "serving", "gpu_bytes")),
                 gigabytes(_held(runs, name, "idle", "host_bytes")),
+                gigabytes(_last(run["warmed"].get(name) for run in runs)),
                 gigabytes(_last(run["snapshots"].get(name, {}).get("stored") for run in runs)),
                 *_claimed(claim),
             ]
@@ -251,6 +253,7 @@ def report(runs: Runs) -> list[str]:
     model = runs[0]["model"]
     name, nbytes = parameters(model["parameters"]), model["nbytes"] / 1e9
     many = described([one for run in runs for one in run["many"]])
+    many += ["", *(f"- `{row}` FAILED: {why}" for run in runs for row, why in run["failures"].items())]
     title = [f"## Cold start to first token: {name}, {nbytes:.1f} GB of weights", ""]
     if not lines(runs):
         return [*title, *many, "", *where(runs)]

@@ -15,7 +15,7 @@ import heapq
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -52,6 +52,7 @@ class Result:
         starts: how many instances were started.
         span_s: from 0 until the last was done with.
         peak: most requests served at the same time.
+        others: from when to when each instance was held that was not always there.
     """
 
     waits_s: Sequence[float]
@@ -60,6 +61,7 @@ class Result:
     starts: int
     span_s: float
     peak: int
+    others: Sequence[tuple[float, float]] = ()
 
     @property
     def utilisation(self) -> float:
@@ -86,15 +88,16 @@ def simulate(arrivals_s: Sequence[float], services_s: Sequence[float], start_s: 
     always = policy.always  # of those always there, idle now
     kept: list[tuple[float, float]] = []  # of the others, idle: (idle since, started at), the latest last
     there, starting, busy, peak, starts, number = policy.always, 0, 0, 0, 0, 0
-    held = busy_s = end = 0.0
+    others: list[tuple[float, float]] = []
+    busy_s = end = 0.0
     # Those always there have minus infinity as the moment at which they were started.
 
     def let_go(now: float) -> None:
         """Give up those that nobody wanted for long enough."""
-        nonlocal kept, there, held
+        nonlocal kept, there
         stay = [one for one in kept if one[0] + policy.keep_s >= now and policy.keep_s > 0]
         for since, began in kept[: len(kept) - len(stay)]:
-            held += since + policy.keep_s - began
+            others.append((began, since + policy.keep_s))
             there -= 1
         kept = stay
 
@@ -149,10 +152,11 @@ def simulate(arrivals_s: Sequence[float], services_s: Sequence[float], start_s: 
     return Result(
         waits_s=waits,
         busy_s=busy_s,
-        held_s=held + policy.always * span,
+        held_s=sum(until - since for since, until in others) + policy.always * span,
         starts=starts,
         span_s=span,
         peak=peak,
+        others=others,
     )
 
 
@@ -196,6 +200,15 @@ def diurnal(random_: random.Random, mean_s: float, span_s: float, *, swing: floa
 def exponential(random_: random.Random, mean_s: float, count: int) -> list[float]:
     """Services."""
     return [random_.expovariate(1 / mean_s) for _ in range(count)]
+
+
+def most_at_once(intervals: Iterable[tuple[float, float]]) -> int:
+    """How many of these half-open intervals have a moment in common at most."""
+    now = most = 0
+    for _, change in sorted(edge for since, until in intervals for edge in ((since, 1), (until, -1))):
+        now += change
+        most = max(most, now)
+    return most
 
 
 # Known results

@@ -71,9 +71,8 @@ def main() -> None:
     def document() -> dict[str, Any]:
         return {"started": STARTED, "phases": phases, "point": outcome, "reload": dict(weights.phases)}
 
-    from weightfs.torch import released
-
     from checkpoint import snapshot_point
+    from weightfs.torch import released
 
     server = HTTPServer(("127.0.0.1", port), Handler)
     last = time.time()

@@ -5,8 +5,8 @@
     python tools/bench/coldstart.py --merge FILE... --figures tools/bench/figures       one table and chart of several
     python tools/bench/coldstart.py --device cpu --gigabytes 0.05 --rows none,mount     a trial anywhere, as root
 
-A row is a technique, or one in a state, as `mount cold` (`_coldstart_rows.py` has all of them): `cold`, nothing in
-memory, neither weights nor images nor Python's libraries; `warm`, everything that can be. The server is an unmodified
+A row is a technique, or one in a state, as `mount cold`; `_coldstart_techniques.py` has all of them. `cold`: nothing in
+memory, neither weights nor images nor Python's libraries; `warm`: everything that can be. The server is an unmodified
 one (`_plain_server.py`), but in the rows named `process` and `released`.
 
 Every sample ends when the client has the answer to a request, which must be the answer the server gave before. What
@@ -21,12 +21,14 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Final
 
 from _coldstart_figure import chart, write_png
@@ -42,8 +44,9 @@ from _coldstart_place import (
     huge_pages,
     mounted,
 )
-from _coldstart_rows import BY_NAME, ROWS, Technique, chosen, measure, snapshot, started
+from _coldstart_rows import Measured, measure, snapshot, started
 from _coldstart_table import by_model, others, parameters, report
+from _coldstart_techniques import BY_NAME, ROWS, Technique, chosen
 
 from checkpoint.cuda_helper import Cuda
 
@@ -95,6 +98,8 @@ def main() -> None:
         os.makedirs(given.figures, exist_ok=True)
         for count, ones in models.items():
             draw(chart(ones), os.path.join(given.figures, f"coldstart-{parameters(count)}"))
+    if not given.merge and (runs[0]["failures"] or any(one["failures"] for one in runs[0]["many"])):
+        sys.exit(1)
 
 
 def read(path: str) -> list[dict[str, Any]]:
@@ -118,6 +123,7 @@ def draw(drawn: str, stem: str) -> None:
 def run(given: argparse.Namespace, rows: list[str]) -> dict[str, Any]:
     """Measure on this machine."""
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what was mounted is unmounted
     ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     baseline = gpu_bytes_in_use()
     with ExitStack() as stack:
@@ -133,8 +139,8 @@ def run(given: argparse.Namespace, rows: list[str]) -> dict[str, Any]:
         place = Place(folder, model, mount, still, given.device, free_port(), baseline)
         place.recall()
         until = None if given.within is None else began + given.within
-        samples = measure(place, rows, given.rounds, given.cold_rounds, told, until) if rows else {}
-        outcomes = many(place, BY_NAME[given.of], given.restores, given.at_once)
+        found = measure(place, rows, given.rounds, given.cold_rounds, told, until) if rows else Measured()
+        outcomes = many(place, BY_NAME[given.of], given.restores, given.at_once, found)
         mount_bytes = host_bytes(pids)
     return {
         "command": shlex.join(["tools/bench/coldstart.py", *sys.argv[1:]]),
@@ -142,20 +148,24 @@ def run(given: argparse.Namespace, rows: list[str]) -> dict[str, Any]:
         "model": about,
         "snapshots": {name: place.snapshots[BY_NAME[name].stored_as] for name in BY_NAME if _stored(place, name)},
         "mount_bytes": mount_bytes,
+        "warmed": place.warmed,
         "held": {name: {when: asdict(one) for when, one in of.items()} for name, of in place.held.items()},
+        "failures": found.failures,
         "many": [asdict(one) for one in outcomes],
-        "rows": [{"row": name, "samples": [asdict(one) for one in ones]} for name, ones in samples.items()],
+        "rows": [{"row": name, "samples": [asdict(one) for one in ones]} for name, ones in found.samples.items()],
     }
 
 
-def many(place: Place, technique: Technique, restores: int, counts: list[int]) -> list[Outcome]:
-    """What is asked for of many restores."""
+def many(place: Place, technique: Technique, restores: int, counts: list[int], found: Measured) -> list[Outcome]:
+    """What is asked for of many restores; a snapshot that they need and that can't be made is a failure of `found`."""
     if not restores and not counts:
         return []
     if place.answer is None:
         told("(first of all)", started(place, BY_NAME["none"], "warm"))
     if technique.stored_as not in place.snapshots:
-        told(f"(snapshot for {technique.name})", snapshot(place, technique))
+        found.take(f"(snapshot for {technique.name})", partial(snapshot, place, technique), told)
+    if technique.stored_as not in place.snapshots:
+        return []
     row = [in_a_row(place, technique, restores)] if restores else []
     return row + [at_once(place, technique, count) for count in counts]
 

@@ -29,6 +29,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from _harness import MIB, Report, mounted, parser, workplace, write_file
 
 from checkpoint.chunks import keys
+from checkpoint.chunks.openers import Openers
 from checkpoint.chunks.packs import Packs
 from checkpoint.digests import Identity
 from checkpoint.extents import ChunkBytes, Extent, Recipe, WeightBytes, Zero
@@ -166,7 +167,9 @@ class Filled:
             images = _images(folder, pid, [(start, sum(one.nbytes for one in mapping)) for start, mapping in placed])
             identity = {self._maker.weights: Identity.of(os.stat(self._maker.weights))}
             recipe = Recipe([one for _, mapping in placed for one in mapping])
-            with Sources(identity, self._maker.packs) as sources:
+            openers = Openers(self._maker.packs)
+            openers.begin()
+            with contextlib.closing(openers), Sources(identity, openers) as sources:
                 pages = RecipePages(images, recipe, sources)
                 with (
                     PageServer(folder, folder, threads=self._threads, opened=lambda _: {images: pages}) as server,

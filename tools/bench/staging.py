@@ -11,6 +11,13 @@ all settings are tried, from a mount the default ones. Rows:
     reads alone    as many threads read into buffers of as many bytes, and nothing is copied
     ring           the pool's pinned buffers: threads x buffers x size of each
     windows        parts of the files pinned where they are: threads x size of each
+    both           both at once; the columns are those of the ring, and behind + are the windows
+    ... no GIL     the same, and the calls that only begin something give the GIL away as well
+    default        the pool as it is without being told anything; also through a mount
+    cold           one shard that is not in memory, past the page cache and through it, and read past it by as many
+                   threads with nothing copied
+"pinning" is how long it takes to have the memory of a ring, all threads at once: by cuMemHostAlloc, and by
+cuMemHostRegister of huge pages that were touched before.
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import mmap
 import os
 import platform
 import statistics
@@ -48,16 +56,17 @@ CHECK_BYTES: Final = 32 * MIB
 COMMAND: Final = [sys.executable, "-c", "from weightfs.cli.main import main; main()"]
 RINGS: Final = [
     (threads, buffers, mib << 20)
-    for threads, buffers, mib in (
-        (8, 3, 16), (12, 3, 16), (16, 3, 16), (12, 2, 16), (8, 3, 8), (12, 3, 8), (16, 3, 8), (12, 2, 8),
-        (12, 3, 4), (16, 3, 4), (12, 2, 2),
+    for threads, buffers, mib in ((12, 3, 4), (12, 2, 4), (14, 2, 4), (12, 3, 2), (14, 2, 2), (14, 3, 1), (12, 3, 16))
+]
+WINDOWS: Final = [(threads, mib << 20) for threads, mib in ((4, 64), (4, 128), (8, 128))]
+BOTH: Final = [
+    (threads, 2, mib << 20, windows, window_mib << 20)
+    for threads, mib, windows, window_mib in (
+        (12, 4, 4, 64), (12, 2, 4, 64), (10, 2, 4, 64), (8, 2, 6, 64), (12, 2, 3, 128), (14, 2, 2, 64), (12, 2, 4, 32),
+        (12, 1, 4, 64),
     )
 ]  # fmt: skip
-
-
-WINDOWS: Final = [
-    (threads, mib << 20) for threads, mib in ((4, 64), (4, 128), (4, 256), (8, 64), (4, 16), (8, 16), (12, 32))
-]
+OPTIONAL: Final = ("way", "windows", "first_gb_s", "waited_share", "same_bytes", "past_cache_share")
 
 
 class Gpu(Protocol):
@@ -124,6 +133,7 @@ class Row:
     threads: int
     buffers: int
     buffer_mib: float
+    windows: str | None
     first_gb_s: float | None
     best_gb_s: float
     median_gb_s: float
@@ -131,6 +141,7 @@ class Row:
     waited_share: float | None
     samples: list[float]
     same_bytes: bool | None
+    past_cache_share: float | None
 
 
 def write_shards(folder: str, nbytes: int) -> list[str]:
@@ -248,6 +259,60 @@ def reads_alone(paths: list[str], threads: int, buffer_bytes: int) -> list[float
     return rates[1:]
 
 
+def pinning(driver: Driver, threads: int, each_bytes: int) -> dict[str, float]:
+    """Seconds until every thread has its memory, by either call."""
+    barrier = threading.Barrier(threads + 1)
+    allocated: list[int] = []
+    mapped: list[mmap.mmap] = []
+
+    def allocate() -> None:
+        allocated.append(driver.allocate(each_bytes))
+
+    def register() -> None:
+        block = mmap.mmap(-1, each_bytes)
+        mapped.append(block)
+        block.madvise(mmap.MADV_HUGEPAGE)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(block))
+        ctypes.memset(address, 0, each_bytes)
+        driver.register(address, each_bytes)
+
+    found = {}
+    for name, way in (("cuMemHostAlloc", allocate), ("huge pages registered", register)):
+
+        def work(way: Callable[[], None] = way) -> None:
+            driver.use(0)
+            barrier.wait()
+            way()
+            barrier.wait()
+
+        workers = [threading.Thread(target=work) for _ in range(threads)]
+        for worker in workers:
+            worker.start()
+        barrier.wait()
+        started = time.perf_counter()
+        barrier.wait()
+        found[name] = round(time.perf_counter() - started, 4)
+        for worker in workers:
+            worker.join()
+    driver.use(0)
+    for address in allocated:
+        driver.free(address)
+    for block in mapped:
+        driver.unregister(ctypes.addressof(ctypes.c_char.from_buffer(block)))
+    return found
+
+
+def gives_gil_away(driver: PinnedDriver) -> None:
+    """Have the driver give the GIL away in every call, as it does not."""
+    library = ctypes.CDLL("libcuda.so.1")
+    for name, kept in list(driver._functions.items()):
+        function = getattr(library, name)
+        function.argtypes, function.restype = kept.argtypes, kept.restype
+        driver._functions[name] = function
+    driver._copy = driver._functions["cuMemcpyHtoDAsync_v2"]
+    driver._reached = driver._functions["cuEventQuery"]
+
+
 class Bench:
     """All rows, each said as it comes."""
 
@@ -258,6 +323,7 @@ class Bench:
 
     def add(self, what: str, source: str, samples: list[float], **more: Any) -> None:
         best = max(samples)
+        said: dict[str, Any] = {**dict.fromkeys(OPTIONAL), **more}
         row = Row(
             what=what,
             source=source,
@@ -265,11 +331,12 @@ class Bench:
             best_gb_s=round(best, 2),
             median_gb_s=round(statistics.median(samples), 2),
             of_ceiling=round(statistics.median(samples) / self.ceiling_gb_s, 3) if self.ceiling_gb_s else None,
-            **{"way": None, "first_gb_s": None, "waited_share": None, "same_bytes": None, **more},
+            **said,
         )
         self.rows.append(row)
         print(
             f"{row.what:12} {row.source:6} {row.threads:2} x {row.buffers} x {row.buffer_mib:5.1f} MiB"
+            f" + {row.windows or '-':12}"
             f"  first {row.first_gb_s or '-':>6}  best {row.best_gb_s:6.2f}  median {row.median_gb_s:6.2f} GB/s"
             f"  of ceiling {row.of_ceiling or '-'}  waited {row.waited_share}  bytes {row.same_bytes}",
             flush=True,
@@ -289,6 +356,7 @@ class Bench:
         found: Copied | None = None
         for _ in range(self.rounds):
             self.gpu.clear(self.address, nbytes)
+            time.sleep(0.15)  # windows of the copy before are given up beside what comes next, which is no copy
             started = time.perf_counter()
             found = pool.copy(pieces)
             samples.append(nbytes / (time.perf_counter() - started) / 1e9)
@@ -301,14 +369,92 @@ class Bench:
             what,
             source,
             samples,
-            threads=found.threads,
-            buffers=config.buffers if found.way == "ring" else 1,
-            buffer_mib=(config.buffer_bytes if found.way == "ring" else config.window_bytes) / MIB,
+            threads=found.threads - (config.window_threads if found.way == "both" else 0),
+            buffers=1 if found.way == "windows" else config.buffers,
+            buffer_mib=(config.window_bytes if found.way == "windows" else config.buffer_bytes) / MIB,
+            windows=f"{config.window_threads} x {config.window_bytes / MIB:g} MiB" if found.way == "both" else None,
             way=found.way,
             first_gb_s=round(first, 2),
             waited_share=round(found.waited_s / found.seconds, 3),
             same_bytes=same,
         )
+
+    def cold(self, path: str, cpus: int) -> None:
+        """One shard from the disk: past the page cache, through it, and read past it alone."""
+        fd = os.open(path, os.O_RDONLY)
+        pieces = pieces_of([path], [fd], self.address)
+        nbytes = sum(piece.nbytes for piece in pieces)
+        for what, past_cache in (("cold past", True), ("cold through", False)):
+            pool = Staging(self.driver)
+            pool.copy(pieces[:1])
+            samples = []
+            for _ in range(2):
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                started = time.perf_counter()
+                found = pool.copy(pieces, past_cache=past_cache)
+                samples.append(nbytes / (time.perf_counter() - started) / 1e9)
+            self.add(
+                what,
+                "bare",
+                samples,
+                threads=found.threads,
+                buffers=3,
+                buffer_mib=StagingConfig().buffer_bytes / MIB,
+                way=found.way,
+                waited_share=round(found.waited_s / found.seconds, 3),
+                same_bytes=holds(self.gpu, [path], self.address),
+                past_cache_share=round(found.past_cache_bytes / nbytes, 3),
+            )
+            pool.close()
+        os.close(fd)
+        os.posix_fadvise(fd := os.open(path, os.O_RDONLY | os.O_DIRECT), 0, 0, os.POSIX_FADV_DONTNEED)
+        threads = max(1, min(12, cpus * 3 // 4))
+        buffers = [mmap.mmap(-1, 16 * MIB) for _ in range(threads)]
+        offsets = iter(range(0, nbytes, 16 * MIB))
+        turn = threading.Lock()
+
+        def read(buffer: mmap.mmap) -> None:
+            while True:
+                with turn:
+                    at = next(offsets, None)
+                if at is None:
+                    return
+                os.preadv(fd, [buffer], at)
+
+        started = time.perf_counter()
+        with ThreadPoolExecutor(threads) as executor:
+            list(executor.map(read, buffers))
+        rate = nbytes / (time.perf_counter() - started) / 1e9
+        self.add("disk alone", "bare", [rate], threads=threads, buffers=1, buffer_mib=16)
+        os.close(fd)
+
+
+class Overhead:
+    """The most host memory that is held beyond what was when it began, besides the page cache; a sample each 2 ms."""
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._before = self._now()
+        self.most_bytes = 0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @staticmethod
+    def _now() -> int:
+        """Memory of nobody's file, and page tables. What the driver pins for itself counts as neither: see `end`."""
+        with open("/proc/self/status") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return sum(int(lines[key].split()[0]) << 10 for key in ("RssAnon", "RssShmem", "VmPTE"))
+
+    def _run(self) -> None:
+        while not self._ended.wait(0.002):
+            self.most_bytes = max(self.most_bytes, self._now() - self._before)
+
+    def end(self, config: StagingConfig, threads: int) -> float:
+        """MiB, with the pool's buffers."""
+        self._ended.set()
+        self._thread.join()
+        return round((self.most_bytes + threads * config.buffers * config.buffer_bytes) / MIB, 1)
 
 
 def timed(what: str, action: Callable[[], Any]) -> Any:
@@ -342,21 +488,50 @@ def main() -> None:
         rates = ceiling(driver, address, nbytes)
         bench.add("ceiling", "-", rates, threads=1, buffers=1, buffer_mib=CEILING_BYTES / MIB)
         bench.ceiling_gb_s = max(rates)
+        pinned = {f"{n} x {mib} MiB": pinning(driver, n, mib * MIB) for n, mib in ((12, 48), (12, 12))}
+        print("pinning, s:", json.dumps(pinned), flush=True)
         for threads, buffer_bytes in ((12, 16 * MIB), (16, 16 * MIB), (12, 4 * MIB), (16, 4 * MIB)):
             rates = reads_alone(paths, threads, buffer_bytes)
             bench.add("reads alone", "bare", rates, threads=threads, buffers=3, buffer_mib=buffer_bytes / MIB)
-        for threads, buffers, buffer_bytes in RINGS:
-            ring = StagingConfig(way="ring", threads=threads, buffers=buffers, buffer_bytes=buffer_bytes)
-            bench.pool("ring", "bare", paths, ring)
         for threads, window_bytes in WINDOWS:
-            windows = StagingConfig(way="windows", window_threads=threads, window_bytes=window_bytes)
-            bench.pool("windows", "bare", paths, windows)
+            config = StagingConfig(way="windows", window_threads=threads, window_bytes=window_bytes)
+            bench.pool("windows", "bare", paths, config)
+        for threads, buffers, buffer_bytes, windows, window_bytes in BOTH:
+            config = StagingConfig(
+                way="both",
+                threads=threads,
+                buffers=buffers,
+                buffer_bytes=buffer_bytes,
+                window_threads=windows,
+                window_bytes=window_bytes,
+            )
+            bench.pool("both", "bare", paths, config)
+        for threads, buffers, buffer_bytes in RINGS:
+            config = StagingConfig(way="ring", threads=threads, buffers=buffers, buffer_bytes=buffer_bytes)
+            bench.pool("ring", "bare", paths, config)
+        if isinstance(driver, PinnedDriver):
+            gives_gil_away(driver)
+            bench.driver = driver
+            for way in ("ring", "both"):
+                bench.pool(f"{way} no GIL", "bare", paths, StagingConfig(way=way))
+            bench.driver = PinnedDriver()
         bench.pool("default", "bare", paths, StagingConfig())
         if not given.no_mount:
             with mounted(source, place) as point:
                 through = [os.path.join(point, os.path.basename(path)) for path in paths]
                 bench.pool("default", "mount", through, StagingConfig())
-                bench.pool("windows", "mount", through, StagingConfig(way="windows"))
+                bench.pool("both", "mount", through, StagingConfig(way="both"))
+        probed = Staging(bench.driver)
+        rates = timed("probe", probed.probe)
+        with contextlib.ExitStack() as opened:
+            files = [opened.enter_context(open(path, "rb")) for path in paths]
+            overhead = Overhead()
+            found = probed.copy(pieces_of(paths, [file.fileno() for file in files], address))
+            overhead_mib = overhead.end(StagingConfig(), found.threads)
+        print(f"host memory beside the page cache: {overhead_mib} MiB for {nbytes / 1e9:.1f} GB", flush=True)
+        probed.close()
+        print(f"probe: {rates}", flush=True)
+        bench.cold(paths[0], os.cpu_count() or 1)
     document = {
         "schema": 1,
         "name": "staging",
@@ -366,6 +541,9 @@ def main() -> None:
         "python": platform.python_version(),
         "gpu": "double" if given.double else driver.pci_address(0),
         "nbytes": nbytes,
+        "pinning_s": pinned,
+        "probe_gb_s": {way: round(rate / 1e9, 2) for way, rate in rates.bytes_per_s.items()},
+        "overhead_mib": overhead_mib,
         "seconds": round(time.perf_counter() - began, 1),
         "rows": [asdict(row) for row in bench.rows],
     }

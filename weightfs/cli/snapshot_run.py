@@ -67,7 +67,10 @@ def run(
             master=functools.cache(lambda: master_key(key_file, key_env, key_command, no_encrypt=no_encrypt)),
         )
         around = running.Surroundings(
-            store=lambda: Store(store), tools=tools, say=_say, ready=lambda: systemd.notify("READY=1")
+            store=lambda: Store(store),
+            tools=lambda: tools(store, name),
+            say=_say,
+            ready=lambda: systemd.notify("READY=1"),
         )
         status = running.run(name, options, around)
     sys.exit(status)

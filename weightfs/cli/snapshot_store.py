@@ -89,7 +89,9 @@ def show(
 
 
 def verify(
-    names: Names,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Snapshots; all that are sealed so unless told.", metavar="[NAME...]")
+    ] = None,
     store: StoreFolder = DEFAULT_STORE,
     key_file: KeyFile = None,
     key_env: KeyEnv = None,
@@ -99,14 +101,21 @@ def verify(
 ) -> None:
     """Read every byte of snapshots and compare it with what was written. Exits 4 when one is damaged.
 
+    Without a name it verifies all that are encrypted, or with --no-encrypt all that are not, and names the others.
+
     Example: weightfs snapshot verify llama --key-file /etc/weightfs/key
     """
     with reporting(as_json=as_json):
         master = master_key(key_file, key_env, key_command, no_encrypt=no_encrypt)
         opened = _open(store)
-        verdicts = [_verdict(opened, name, master) for name in names]
+        wanted, others = (names, []) if names else _sealed_so(opened, is_encrypted=master is not None)
+        verdicts = [_verdict(opened, name, master) for name in wanted]
+        for name in others:
+            why = "is not encrypted" if master is not None else "is encrypted"
+            sys.stderr.write(printable(f"weightfs: {name} is not verified, for it {why}") + "\n")
         if as_json:
-            emit({"ok": all(one["ok"] for one, _ in verdicts), "snapshots": [one for one, _ in verdicts]})
+            document = {"ok": all(one["ok"] for one, _ in verdicts), "snapshots": [one for one, _ in verdicts]}
+            emit(document | {"not_verified": others})
         else:
             for one, _ in verdicts:
                 if one["ok"]:
@@ -192,6 +201,16 @@ def prune(
             verb = "would be freed" if dry_run else "freed"
             say(f"{len(removed)} removed, {len(kept)} stay, {human_bytes(freed)} {verb}")
         fail_for(failed)
+
+
+def _sealed_so(store: Store, *, is_encrypted: bool) -> tuple[list[str], list[str]]:
+    """The names of snapshots that are encrypted, or are not, and of the others; first also those that can't be used."""
+    wanted: list[str] = []
+    others: list[str] = []
+    for one in store.list():
+        is_so = one.snapshot is None or one.snapshot.manifest.is_encrypted is is_encrypted
+        (wanted if is_so else others).append(one.name)
+    return wanted, others
 
 
 def _open(store: str) -> Store:

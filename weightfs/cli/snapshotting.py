@@ -94,7 +94,7 @@ def create(
             weights=weights or (),
         )
         ready = readiness.Readiness(url=ready_url, file=ready_file)
-        with tools(phases) as found:
+        with tools(opened.path, name, phases) as found:
             if pid is None:
                 made = launch.create_of_command(
                     name, command, opened, found, options, ready, ready_timeout, log=log, phases=phases
@@ -141,7 +141,7 @@ def restore(
         if publish and not new_pidns:
             raise UsageError("--publish goes with --new-pidns")
         ports = [parse_published(one) for one in publish or ()]
-        with tools(phases) as found:  # first, since it begins to open the GPUs' driver, which takes longer
+        with tools(store, name, phases) as found:  # first, since it begins to open the GPUs' driver, which takes longer
             with phases.phase("start"):
                 from checkpoint import restoration
                 from checkpoint.readiness import Readiness
@@ -186,10 +186,14 @@ def recover(as_json: Json = False) -> None:
 
 
 @contextlib.contextmanager
-def tools(phases: Phases | None = None) -> Iterator[Tools]:
+def tools(store: str, name: str, phases: Phases | None = None) -> Iterator[Tools]:
     """What a snapshot needs of this machine; what commands that died have begun is put right first.
 
+    What can't be put right is told on stderr, and keeps nobody from another snapshot; see `recovery.prepare`.
+
     Args:
+        store: the folder of the snapshot's store.
+        name: of the snapshot.
         phases: of the command: finding the tools is one, and giving them up.
     """
     from checkpoint.phases import Phases
@@ -204,9 +208,12 @@ def tools(phases: Phases | None = None) -> Iterator[Tools]:
     try:
         with phases.phase("tools"):
             these = held.enter_context(found())
-            for one in recovery.recover(these):
-                text = f"weightfs: {one.kind} of {one.name}, which died while {one.step}, is {one.outcome}"
-                sys.stderr.write(printable(text) + "\n")
+            done, unread = recovery.prepare(these, os.path.abspath(store), name)
+            for one in done:
+                text = f"{one.kind} of {one.name}, which died while {one.step}, is {one.outcome}"
+                sys.stderr.write(printable(f"weightfs: {text}" + (f": {one.fault}" if one.fault else "")) + "\n")
+            if unread is not None:
+                sys.stderr.write(printable(f"weightfs: {unread}; {unread.mend}") + "\n")
         yield these
     finally:
         with phases.phase("end"):

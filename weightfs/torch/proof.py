@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK_BYTES: Final = 256 << 20
-"""The GPU memory that a proof needs beside the model."""
+"""The GPU memory that a proof needs beside the model, and an eighth of it or less for comparing."""
 ALIGNMENT: Final = 512
 """Of a storage in an arena, in bytes; as torch's allocator gives them, so that kernels choose as they did."""
 _ROW: Final = 4096
-_NO_WEIGHTS: Final = "this process has no weights any more: restore it again, or start it anew"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +67,13 @@ class Contents:
     """What an arena holds.
 
     Attributes:
+        begins: of the storages in it.
         spans: in order of their begin, without overlaps. What they leave out is zero.
         stamps: what each of the files was, by path.
         sums: one a block.
     """
 
+    begins: frozenset[int]
     spans: tuple[Span, ...]
     stamps: Mapping[str, Stamp]
     sums: tuple[bytes, ...]
@@ -125,7 +126,7 @@ def prove(memory: Memory, lots: Sequence[Lot], nbytes: int, stamps: Mapping[str,
     found: list[Span] = []
     sums = []
     scratch = memory.scratch(min(BLOCK_BYTES, nbytes))
-    with _Files() as files:
+    with Files() as files:
         for block in range(0, nbytes, BLOCK_BYTES):
             room = scratch[: min(BLOCK_BYTES, nbytes - block)]
             room.zero_()
@@ -134,7 +135,7 @@ def prove(memory: Memory, lots: Sequence[Lot], nbytes: int, stamps: Mapping[str,
             for part, lot in parts:
                 here = room[part.begin - block :][: part.nbytes]
                 live = lot.live[part.begin - lot.begin :][: part.nbytes]
-                if part.path is not None and here.equal(live):
+                if part.path is not None and _same(here, live):
                     found.append(part)
                 else:
                     here.copy_(live)
@@ -142,7 +143,12 @@ def prove(memory: Memory, lots: Sequence[Lot], nbytes: int, stamps: Mapping[str,
             sums.append(_sum(room))
     spans = tuple(_joined(found))
     paths = {span.path for span in spans}
-    return Contents(spans=spans, stamps={path: stamps[path] for path in stamps if path in paths}, sums=tuple(sums))
+    return Contents(
+        begins=frozenset(lot.begin for lot in lots),
+        spans=spans,
+        stamps={path: stamps[path] for path in stamps if path in paths},
+        sums=tuple(sums),
+    )
 
 
 def keep(contents: Contents, lots: Sequence[Lot]) -> list[torch.Tensor]:
@@ -161,13 +167,22 @@ def keep(contents: Contents, lots: Sequence[Lot]) -> list[torch.Tensor]:
     return copies
 
 
-def fill(memory: Memory, arena: Arena, contents: Contents, kept: Sequence[torch.Tensor]) -> None:
+def fill(memory: Memory, arena: Arena, contents: Contents, kept: Sequence[torch.Tensor], files: Files) -> None:
     """Bring back what the arena held; `check` must follow.
+
+    Args:
+        memory: of the GPU.
+        arena: mapped.
+        contents: what it held.
+        kept: what `keep` gave.
+        files: which holds those of the contents.
 
     Raises:
         IntegrityError: a file has another size.
-        WeightfsError: a file can't be read.
+        WeightfsError: a copy failed.
+        OSError: a file can't be read.
     """
+    files.require(contents.stamps)
     whole = arena.whole()
     at = 0
     for span in contents.spans:
@@ -177,8 +192,7 @@ def fill(memory: Memory, arena: Arena, contents: Contents, kept: Sequence[torch.
     whole[at:].zero_()
     for span, content in zip(contents.kept, kept, strict=True):
         whole[span.begin :][: span.nbytes].copy_(content)
-    with _Files() as files:
-        memory.copy(files.pieces(contents.spans, arena.address, contents))
+    memory.copy(files.pieces(contents.spans, arena.address))
 
 
 def holds(arena: Arena, contents: Contents) -> bool:
@@ -195,7 +209,7 @@ def check(arena: Arena, contents: Contents) -> None:
     if wrong := _wrong(arena, contents):
         spans = [span for at in wrong for span in contents.spans if span.within(at, at + BLOCK_BYTES)]
         path = next((span.path for span in spans if span.path is not None), None)
-        raise IntegrityError("has other weights than it had when they were given up", path=path, mend=_NO_WEIGHTS)
+        raise IntegrityError("has other weights than it had when they were given up", path=path)
 
 
 def _wrong(arena: Arena, contents: Contents) -> list[int]:
@@ -203,6 +217,16 @@ def _wrong(arena: Arena, contents: Contents) -> list[int]:
     begins = range(0, arena.nbytes, BLOCK_BYTES)
     sums = [_sums(whole[at : at + BLOCK_BYTES]) for at in begins]  # all are under way before the first is waited for
     return [at for at, one, known in zip(begins, sums, contents.sums, strict=True) if _digest(one) != known]
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether bytes are the same; eight at a time where they lie so, since torch makes a byte of every comparison."""
+    import torch
+
+    places = [place for tensor in (one, other) for place in (tensor.data_ptr(), tensor.storage_offset())]
+    if not any(number % 8 for number in (one.numel(), *places)):
+        one, other = one.view(torch.int64), other.view(torch.int64)
+    return bool(one.equal(other))
 
 
 def _sum(block: torch.Tensor) -> bytes:
@@ -244,33 +268,51 @@ def _joined(spans: Iterable[Span]) -> Iterator[Span]:
         yield last
 
 
-class _Files(ExitStack):
-    """Files opened when they are first read from, until the block ends."""
+class Files(ExitStack):
+    """Weight files, open until the block ends.
+
+    A snapshot notes the bytes of weight files that a process has open, and a restore compares them (BLAKE3) before
+    anything is done: that is why they are held open while the weights are away.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._fds: dict[str, int] = {}
 
-    def pieces(self, spans: Iterable[Span], address: int, known: Contents | None = None) -> list[Piece]:
-        """Pieces of the spans that have a file, in the order of the files, so that each is read from its start on."""
-        pieces = [
-            Piece(self._fd(span.path, known), span.offset, span.nbytes, address + span.begin)
-            for span in spans
-            if span.path is not None
-        ]
-        ranks = {fd: rank for rank, fd in enumerate(self._fds.values())}
-        return sorted(pieces, key=lambda piece: (ranks[piece.fd], piece.offset))
+    def hold(self, paths: Iterable[str]) -> None:
+        """Open what is not open yet.
 
-    def _fd(self, path: str, known: Contents | None) -> int:
-        if path not in self._fds:
-            mend = _NO_WEIGHTS if known else None
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as e:
-                raise WeightfsError(f"can't be opened: {os.strerror(e.errno or 0)}", path=path, mend=mend) from e
-            self._fds[path] = fd
-            self.callback(os.close, fd)
-            size = os.fstat(fd).st_size
-            if known and size != known.stamps[path].size:
-                raise IntegrityError(f"has {size} bytes, not {known.stamps[path].size} as before", path=path, mend=mend)
-        return self._fds[path]
+        Raises:
+            WeightfsError: one can't be opened.
+        """
+        for path in paths:
+            if path not in self._fds:
+                try:
+                    self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as e:
+                    raise WeightfsError(f"can't be opened: {os.strerror(e.errno or 0)}", path=path) from e
+                self.callback(os.close, self._fds[path])
+
+    def pieces(self, spans: Iterable[Span], address: int) -> list[Piece]:
+        """Pieces of the spans that have a file, in the order of the files, so that each is read from its start on.
+
+        Raises:
+            WeightfsError: a file can't be opened.
+        """
+        some = [(span, span.path) for span in spans if span.path is not None]
+        self.hold(path for _, path in some)
+        ranks = {path: rank for rank, path in enumerate(self._fds)}
+        some.sort(key=lambda one: (ranks[one[1]], one[0].offset))
+        return [Piece(self._fds[path], span.offset, span.nbytes, address + span.begin) for span, path in some]
+
+    def require(self, stamps: Mapping[str, Stamp]) -> None:
+        """Raise unless files have the sizes they had.
+
+        Raises:
+            IntegrityError: one has another.
+            OSError: one can't be asked.
+        """
+        for path, stamp in stamps.items():
+            size = os.fstat(self._fds[path]).st_size
+            if size != stamp.size:
+                raise IntegrityError(f"has {size} bytes, not {stamp.size} as before", path=path)

@@ -23,7 +23,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -31,6 +31,7 @@ from prefetch import staging
 from weightfs.errors import UnfitError, UsageError, WeightfsError
 from weightfs.torch.arena import Memory
 from weightfs.torch.origins import Origins, paths_of
+from weightfs.torch.proof import Files
 from weightfs.torch.stepping import MemoryOf, Released, step_aside
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 Weights = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 _turn = threading.Lock()
+_POOL: Final = staging.StagingConfig(way="windows")
+"""A restore would wait for buffers to be pinned, and for a choice of the way; pages of files are pinned as they go."""
 
 
 @contextmanager
@@ -48,11 +51,11 @@ def released(
 
     Before they are freed all are compared with the files they came from, by name and byte for byte; what differs (as
     cast or merged weights do) is copied to the host. After the block, also when it raises, memory is mapped again, and
-    filled from the files; sums over it must be those of before. The files may be others then, as on another host, if
-    they lie at the same paths and hold the same bytes. A model whose weights can't be brought back has none: it does
-    not answer.
+    filled from the files, which are held open in between; sums over it must be those of before. In a restored process
+    the files may be others, as on another host, if they lie at the same paths and hold the same bytes. A model whose
+    weights can't be brought back has none: it does not answer.
 
-    The first block gives the weights addresses that they keep, in an order that is the files'. It needs 256 MiB of GPU
+    The first block gives the weights addresses that they keep, in an order that is the files'. It needs 300 MiB of GPU
     memory beside the model. Graphs and compiled code that hold addresses must be made after it; see `movable`.
 
     For one thread, while no other uses the model. Weights on the CPU stay.
@@ -108,13 +111,16 @@ def _released(
             log.warning("%s", report.note)
             yield report
             return
-        asides = step_aside(modules, _origins(modules, weights), memory_of, report)
-        log.info("released %d bytes, of which files have %d", report.nbytes, report.file_bytes)
-        try:
-            yield report
-        finally:
-            for aside in asides:
-                aside.come_back(report)
+        with Files() as files:
+            asides = step_aside(modules, _origins(modules, weights), memory_of, files, report)
+            log.info("released %d bytes, of which files have %d", report.nbytes, report.file_bytes)
+            if report.elsewhere:
+                log.warning("something else holds the memory of %s: it is not free", ", ".join(report.elsewhere))
+            try:
+                yield report
+            finally:
+                for aside in asides:
+                    aside.come_back(report)
     finally:
         _turn.release()
 
@@ -168,6 +174,7 @@ class _CudaMemory:
         self._driver: Any = driver
         self._index = index
         self._device = torch.device("cuda", index)
+        self._pool: staging.Staging | None = None
         torch.zeros(1, device=self._device)  # the primary context, which the driver's calls need
         place = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         self._property = driver.CUmemAllocationProp()
@@ -210,7 +217,9 @@ class _CudaMemory:
 
     def copy(self, pieces: Sequence[staging.Piece]) -> None:
         self.wait()  # what torch still does with the memory, on streams of its own
-        staging.shared(self._index).copy(pieces)
+        if self._pool is None:
+            self._pool = staging.opened(self._index, _POOL)
+        self._pool.copy(pieces)
 
     def wait(self) -> None:
         torch.cuda.synchronize(self._device)
@@ -218,6 +227,9 @@ class _CudaMemory:
     def settle(self) -> int:
         self.wait()
         staging.close_shared()  # a snapshot would hold what is pinned
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
         torch.cuda.empty_cache()
         return int(torch.cuda.memory_reserved(self._device))
 

@@ -11,14 +11,15 @@ from typing import Final
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from weightfs.errors import UsageError
+from weightfs.errors import UsageError, WeightfsError
 from weightfs.torch.arena import Arena, Memory, arenas
 from weightfs.torch.fused import LEAST_BYTES, parts_of
 from weightfs.torch.origins import Origin, Origins, Stamp
-from weightfs.torch.proof import ALIGNMENT, Contents, Lot, check, fill, holds, keep, prove
+from weightfs.torch.proof import ALIGNMENT, Contents, Files, Lot, check, fill, holds, keep, prove
 
 _COMPILED: Final = "_orig_mod."
 """What torch.compile puts into the names of a module that it wraps."""
+_NO_WEIGHTS: Final = "this process has no weights any more: restore it again, or start it anew"
 
 MemoryOf = Callable[[torch.device], Memory | None]
 """The memory of a device; None for one whose weights stay where they are."""
@@ -116,22 +117,27 @@ class Aside:
         arena: where they lie, or will.
         stocks: by where in the arena they begin.
         origins: where their bytes may have come from.
+        files: to hold those that they did come from.
 
     Raises:
         WeightfsError: a file can't be read, or there is no room for the proof.
     """
 
-    def __init__(self, memory: Memory, arena: Arena, stocks: Mapping[int, _Stock], origins: Origins) -> None:
+    def __init__(
+        self, memory: Memory, arena: Arena, stocks: Mapping[int, _Stock], origins: Origins, files: Files
+    ) -> None:
         self._memory = memory
         self._arena = arena
         self._stocks = stocks
         lots = [Lot(begin=begin, live=one.live, claims=one.claims) for begin, one in sorted(stocks.items())]
         known = arena.contents
-        if known is None or not _is_current(known, origins) or not holds(arena, known):
+        if known is None or known.begins != stocks.keys() or not _is_current(known, origins) or not holds(arena, known):
             known = prove(memory, lots, arena.nbytes, origins.stamps)
         arena.contents = None
         self._contents: Contents = known
         self._kept = keep(known, lots)
+        self._files = files
+        files.hold(known.stamps)
 
     def count(self, report: Released) -> None:
         """Say what will step aside."""
@@ -159,7 +165,13 @@ class Aside:
         report.elsewhere += tuple(name for name, storage in former if not storage.expired())
         if is_new:
             self._memory.settle()
-            self._arena.map()  # now, so that it is known to succeed before a snapshot counts on it
+            try:
+                self._arena.map()  # now, so that it is known to succeed before a snapshot counts on it
+            except WeightfsError as e:
+                e.mend = (
+                    "load the model again, and call weightfs.torch.movable(model) before anything else needs the GPU"
+                )
+                raise
             for begin, stock in self._stocks.items():
                 stock.live = self._arena.region(begin, stock.nbytes)
                 for tenant in stock.tenants:
@@ -178,11 +190,15 @@ class Aside:
             with report.phase("map"):
                 self._arena.map()
             with report.phase("copy"):
-                fill(self._memory, self._arena, self._contents, self._kept)
+                fill(self._memory, self._arena, self._contents, self._kept, self._files)
             with report.phase("check"):
                 check(self._arena, self._contents)
-        except BaseException:
+        except BaseException as e:
             self._arena.unmap()
+            if isinstance(e, OSError):
+                raise WeightfsError(f"weights can't be read again: {e.strerror}", mend=_NO_WEIGHTS) from e
+            if isinstance(e, WeightfsError):
+                e.mend = _NO_WEIGHTS
             raise
         with report.phase("place"):
             for stock in self._stocks.values():
@@ -192,7 +208,7 @@ class Aside:
 
 
 def step_aside(
-    modules: Sequence[torch.nn.Module], origins: Origins, memory_of: MemoryOf, report: Released
+    modules: Sequence[torch.nn.Module], origins: Origins, memory_of: MemoryOf, files: Files, report: Released
 ) -> list[Aside]:
     """Take the weights from some modules; gives what is to come back.
 
@@ -202,6 +218,7 @@ def step_aside(
         modules: whose parameters and buffers, all of them.
         origins: where these may have come from.
         memory_of: see there.
+        files: which stay open until all are back.
         report: to be filled in.
 
     Raises:
@@ -211,17 +228,24 @@ def step_aside(
     with report.phase("prove"):
         groups = _grouped(modules, memory_of, report)
         _claim([stock for stocks in groups.values() for stock in stocks], origins)
-        asides = [_aside(memory, arena, stocks, origins) for (memory, arena), stocks in groups.items()]
+        asides = [_aside(memory, arena, stocks, origins, files) for (memory, arena), stocks in groups.items()]
         del groups
         for aside in asides:
             aside.count(report)
     with report.phase("drop"):
-        for aside in asides:
-            aside.leave(report)
+        gone: list[Aside] = []
+        try:
+            for aside in asides:
+                aside.leave(report)
+                gone.append(aside)
+        except BaseException:
+            for aside in gone:
+                aside.come_back(report)
+            raise
     return asides
 
 
-def _aside(memory: Memory, arena: Arena | None, stocks: list[_Stock], origins: Origins) -> Aside:
+def _aside(memory: Memory, arena: Arena | None, stocks: list[_Stock], origins: Origins, files: Files) -> Aside:
     if arena is None:
         if graphs := memory.graphs():
             raise UsageError(
@@ -229,11 +253,11 @@ def _aside(memory: Memory, arena: Arena | None, stocks: list[_Stock], origins: O
                 mend="call weightfs.torch.movable(model) before graphs are captured",
             )
         begins, nbytes = _layout(stocks)
-        return Aside(memory, Arena(memory, nbytes), begins, origins)
+        return Aside(memory, Arena(memory, nbytes), begins, origins, files)
     begins = {stock.live.data_ptr() - arena.address: stock for stock in stocks}
     if arena.begins() - begins.keys():
         raise UsageError("of the modules that were released together before, some are missing", mend="name all of them")
-    return Aside(memory, arena, begins, origins)
+    return Aside(memory, arena, begins, origins, files)
 
 
 def _layout(stocks: Iterable[_Stock]) -> tuple[dict[int, _Stock], int]:
@@ -287,18 +311,18 @@ def _grouped(
         for name, tensor in _tensors(module):
             tenants.setdefault(id(tensor), _Tenant(tensor)).names.append(name.replace(_COMPILED, ""))
     memories: dict[torch.device, Memory | None] = {}
-    stocks: dict[tuple[torch.device, int], _Stock] = {}
+    stocks: dict[tuple[torch.device, int, int], _Stock] = {}  # a storage may be the first part of another
     for tenant in tenants.values():
         tensor = tenant.tensor
         if tensor.device not in memories:
             memories[tensor.device] = memory_of(tensor.device)
         if why := _why_left(tensor, memories[tensor.device]):
             report.left[tenant.names[0]] = why
-        elif tensor.untyped_storage().nbytes():
-            key = tensor.device, tensor.untyped_storage().data_ptr()
+        elif nbytes := tensor.untyped_storage().nbytes():
+            key = tensor.device, tensor.untyped_storage().data_ptr(), nbytes
             stocks.setdefault(key, _Stock(tensor)).tenants.append(tenant)
     groups: dict[tuple[Memory, Arena | None], list[_Stock]] = {}
-    for (device, address), stock in stocks.items():
+    for (device, address, _), stock in stocks.items():
         memory = memories[device]
         assert memory is not None
         home = next((one for one in arenas() if address in one), None)
