@@ -12,7 +12,7 @@ import functools
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
 
@@ -30,13 +30,17 @@ _THEIR_OPEN: Final = safetensors.safe_open
 _THEIR_LOAD: Final = safetensors.torch.load_file
 _SPAWN_MODULE: Final = "transformers.core_model_loading"
 _SPAWN: Final = "spawn_materialize"
-_LEFT_ALONE: Final = ("weightfs.", "safetensors._", "torch.", "numpy.")
-"""Ours, theirs, and thousands of modules that don't read safetensors."""
+_LEFT_ALONE: Final = ("weightfs.", "safetensors._", "torch.", "numpy.", "scipy.", "sklearn.", "sympy.", "pandas.")
+"""Ours, where theirs come from, and two thousand modules that read no safetensors."""
 
 _turn: Final = threading.RLock()
 _within = 0
 _spawns: Final[dict[Callable[..., Any], Callable[..., Any]]] = {}
 """transformers' own function, and what stands in for it now."""
+_seen: Final[set[str]] = set()
+"""Modules that were looked through since the first block began."""
+_replaced: Final[set[str]] = set()
+"""Those of them that had something to replace."""
 _target = threading.local()
 
 
@@ -69,7 +73,7 @@ def _enter() -> None:
     global _within
     with _turn:
         _within += 1
-        _replace({_THEIR_OPEN: _open, _THEIR_LOAD: _load})
+        _replace(list(sys.modules), {_THEIR_OPEN: _open, _THEIR_LOAD: _load})
         _replace_spawn()
 
 
@@ -78,20 +82,26 @@ def _leave() -> None:
     with _turn:
         _within -= 1
         if not _within:
-            # Also in modules that were imported meanwhile.
-            _replace({_open: _THEIR_OPEN, _load: _THEIR_LOAD, **{ours: theirs for theirs, ours in _spawns.items()}})
-            _spawns.clear()
+            # Also in modules that were imported meanwhile; others that had none of it are not looked at again.
+            where = [name for name in sys.modules if name in _replaced or name not in _seen]
+            _replace(where, {_open: _THEIR_OPEN, _load: _THEIR_LOAD, **{new: old for old, new in _spawns.items()}})
+            for kept in (_spawns, _replaced, _seen):
+                kept.clear()
 
 
-def _replace(others: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
-    """In every module that has one of them: `from safetensors import safe_open` gives each module its own name."""
+def _replace(where: Iterable[str], others: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
+    """In every one of these modules that has it: `from safetensors import safe_open` gives each its own name."""
     by_id = {id(old): new for old, new in others.items()}
-    for where, module in list(sys.modules.items()):
-        if where.startswith(_LEFT_ALONE):
+    ids = by_id.keys()
+    for module in where:
+        _seen.add(module)
+        names = {} if module.startswith(_LEFT_ALONE) else getattr(sys.modules.get(module), "__dict__", {})
+        # First without a loop of Python's: of 60,000 names in 1,000 modules some ten are meant.
+        if ids.isdisjoint(map(id, names.values())):
             continue
-        names = getattr(module, "__dict__", {})
+        _replaced.add(module)
         for name, new in [(name, by_id[id(value)]) for name, value in list(names.items()) if id(value) in by_id]:
-            setattr(module, name, new)
+            setattr(sys.modules[module], name, new)
 
 
 def _replace_spawn() -> None:
@@ -101,14 +111,15 @@ def _replace_spawn() -> None:
         original = getattr(module, _SPAWN, None)
         if _within and original is not None and original not in _spawns.values():
             _spawns[original] = _spawning(original)
-            _replace({original: _spawns[original]})
+            users = [name for name in sys.modules if name.startswith("transformers.")]
+            _replace(users, {original: _spawns[original]})
 
 
 @functools.wraps(_THEIR_OPEN, updated=())
 def _open(filename: Path, framework: str = "pt", device: Device = "cpu", *, backend: Backend = "mmap") -> Any:
     """`safetensors.safe_open`; of what is not for torch, and where the two do not agree on a header, its own."""
     _replace_spawn()
-    if framework in FRAMEWORKS:
+    if _within and framework in FRAMEWORKS:  # who took the name as the last block ended has it yet
         with contextlib.suppress(BadHeaderError):
             return safe_open(filename, framework, device, backend=backend)
     return _THEIR_OPEN(filename, framework, device, backend=backend)
@@ -116,10 +127,10 @@ def _open(filename: Path, framework: str = "pt", device: Device = "cpu", *, back
 
 @functools.wraps(_THEIR_LOAD)
 def _load(filename: Path, device: Device = "cpu", *, backend: Backend = "mmap") -> dict[str, torch.Tensor]:
-    try:
-        return load_file(filename, device, backend=backend)
-    except BadHeaderError:
-        return dict(_THEIR_LOAD(filename, device, backend=backend))
+    if _within:
+        with contextlib.suppress(BadHeaderError):
+            return load_file(filename, device, backend=backend)
+    return dict(_THEIR_LOAD(filename, device, backend=backend))
 
 
 class _Asked(NamedTuple):

@@ -16,6 +16,7 @@ from typing import Final
 from weightfs import mounts
 from weightfs.control import ask
 from weightfs.errors import WeightfsError
+from weightfs.formats.shards import group_shards
 
 _ANSWER_S: Final = 5.0
 
@@ -44,12 +45,17 @@ def ask_for(paths: Iterable[str]) -> threading.Thread | None:
 
 
 def _on_mounts(paths: Iterable[str]) -> dict[str, set[str]]:
-    """Mountpoints, and what of each is wanted: the folder of a file is asked for, which is its model."""
+    """Mountpoints, and what of each is wanted: one shard of each set, for which the daemon reads the whole set."""
     here = sorted((one.mountpoint for one in mounts.mounted()), key=len, reverse=True)
     wanted: dict[str, set[str]] = {}
+    folders: dict[str, list[str]] = {}
     for path in paths if here else ():
         above, last = os.path.split(os.path.abspath(path))
-        full = os.path.join(os.path.realpath(above), last)  # a link that is followed has the name that is known
+        folders.setdefault(os.path.realpath(above), []).append(last)  # of a link the name, which is what is known
+    firsts = [
+        os.path.join(above, files[0]) for above, names in folders.items() for files in group_shards(names).values()
+    ]
+    for full in firsts:
         for mountpoint in here:
             if full.startswith(mountpoint.rstrip("/") + "/"):
                 wanted.setdefault(mountpoint, set()).add(os.path.relpath(full, mountpoint))
