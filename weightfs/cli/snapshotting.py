@@ -309,6 +309,7 @@ def _say_restored(back: Restored, seconds: dict[str, float], *, as_json: bool) -
             "id": back.manifest.id,
             "pid": back.pid,
             "phases": seconds,
+            "timeline": msgspec.to_builtins(back.spans),
             "bytes": {"logical": back.manifest.bytes_logical, "read": back.bytes_read},
             "memory": msgspec.to_builtins(back.filled),
             "verified": msgspec.to_builtins(back.verified),
