@@ -319,6 +319,10 @@ def _say_restored(back: Restored, seconds: dict[str, float], *, as_json: bool) -
         emit(document)
         return
     say(f"{back.pid}")
+    if sys.stderr.isatty():
+        from weightfs.cli.spans import bars
+
+        sys.stderr.writelines(f"{line}\n" for line in bars(msgspec.to_builtins(back.spans)))
     sys.stderr.write(f"weightfs: {back.manifest.name} restored ({_told(seconds)})\n")
 
 
