@@ -35,13 +35,13 @@ class Openers:
 
     Args:
         packs: has the chunks.
-        count: of processes; by default one a processor, `MOST_OPENERS` at most, and none where there are but two.
+        count: of processes; by default one a processor, `MOST_OPENERS` at most, and none where there is but one.
     """
 
     def __init__(self, packs: Packs, *, count: int | None = None) -> None:
         processors = len(os.sched_getaffinity(0))
         self._packs = packs
-        self._count = count if count is not None else min(processors, MOST_OPENERS) if processors > 2 else 0
+        self._count = count if count is not None else min(processors, MOST_OPENERS) if processors > 1 else 0
         self._memory: mmap.mmap | None = None
         self._idle: queue.LifoQueue[tuple[int, socket.socket]] = queue.LifoQueue()
         self._ends: list[socket.socket] = []
@@ -60,7 +60,7 @@ class Openers:
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(self._count)]
         first = os.fork()
         if not first:
-            _begin(self._packs, self._memory, [theirs for _, theirs in pairs], [ours for ours, _ in pairs])
+            _begin(self._packs, self._memory, [theirs for _, theirs in pairs])
         self._first = first
         for number, (ours, theirs) in enumerate(pairs):
             theirs.close()
@@ -124,7 +124,7 @@ def _ask(end: socket.socket, ids: Sequence[bytes]) -> list[int] | None:
     return list(memoryview(answer).cast("I"))
 
 
-def _begin(packs: Packs, memory: mmap.mmap, ends: list[socket.socket], others: list[socket.socket]) -> None:
+def _begin(packs: Packs, memory: mmap.mmap, ends: list[socket.socket]) -> None:
     """Be the first opener, and fork the rest; never returns.
 
     The parent is not kept waiting by more than one fork.
@@ -134,16 +134,13 @@ def _begin(packs: Packs, memory: mmap.mmap, ends: list[socket.socket], others: l
         for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(one, signal.SIG_IGN)  # whoever asks ends this by closing its end
         gc.disable()
-        for end in others:
-            end.close()
+        _keep_open(ends)
         mine = 0
         for number in range(1, len(ends)):
             if not os.fork():
                 mine = number
                 break
-        for number, end in enumerate(ends):
-            if number != mine:
-                end.close()
+        _keep_open(ends[mine : mine + 1])
         _open_all(packs, memoryview(memory)[mine * SLOT_BYTES : (mine + 1) * SLOT_BYTES], ends[mine])
         while not mine:
             try:
@@ -152,6 +149,19 @@ def _begin(packs: Packs, memory: mmap.mmap, ends: list[socket.socket], others: l
                 break
     finally:
         os._exit(0)
+
+
+def _keep_open(ends: list[socket.socket]) -> None:
+    """Close every other descriptor of this process but the standard ones.
+
+    A program that another thread of the parent is starting at the moment of the fork is waited for until everybody has
+    closed the pipe that tells of its start.
+    """
+    low = 3
+    for kept in sorted(end.fileno() for end in ends):
+        os.closerange(low, kept)
+        low = kept + 1
+    os.closerange(low, 1 << 20)
 
 
 def _open_all(packs: Packs, slot: memoryview, end: socket.socket) -> None:
