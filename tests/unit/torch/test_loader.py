@@ -242,7 +242,7 @@ def test_to_a_gpu_in_the_order_of_layers(tmp_path: Path, monkeypatch: pytest.Mon
         layers = [part.extent.layer for part in ordered]
         assert layers == [None, *(layer for layer in range(12) for _ in range(2)), None, None]
         assert [part.extent.name for part in ordered[-2:]] == ["model.norm.weight", "lm_head.weight"]
-        made = memory.placed(ordered, torch.device("cpu"))
+        made = memory.placed([one.form for one in ordered], torch.device("cpu"))
         device = torch.device("cuda", 0)
         assert memory._staged(ordered, made, device)
         assert waited == [device, "synchronised"]
@@ -276,7 +276,7 @@ def test_tensors_share_allocations_of_bounded_size(tmp_path: Path, monkeypatch: 
         wanted: list[Stored] = [stored(file, name) for name in tensors]
         groups = [[one.nbytes for one in wanted[run]] for run in memory.arenas([one.nbytes for one in wanted])]
         assert groups == [[100, 3000, 1], [513], [9000], [0, 4096], [1]]
-        made = memory.placed(wanted, torch.device("cpu"))
+        made = memory.placed([one.form for one in wanted], torch.device("cpu"))
         memory.fill(wanted, made, torch.device("cpu"))
     starts = [one.data_ptr() for one in made]
     assert starts[1] - starts[0] == 512
