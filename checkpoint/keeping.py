@@ -164,7 +164,7 @@ def keeping_in(draft: Draft, work: str, state: str, *, plain: bool, master: Mast
 
     vault = Vault(os.path.dirname(draft.folder), master)
     with (
-        vault.packs.begin(threads=len(os.sched_getaffinity(0))) as writer,
+        vault.packs.begin(threads=0) as writer,  # those that take images in compress: more would wait for each other
         Scratch(os.path.join(work, IMAGES), nbytes=available().nbytes, must_not_swap=master is not None) as scratch,
     ):
         yield Chunked(draft, vault, writer, scratch, state)

@@ -36,6 +36,8 @@ _STEP_BYTES: Final = 64 << 10
 """Between windows at most, as far as tensors lie side by side: 64 bytes more of a run always hold one."""
 _MOST_WINDOWS: Final = 1 << 20
 """More weights than 64 GiB have anchors further apart. A window costs 1.5 us to read, and 130 bytes of memory."""
+_MOST_READERS: Final = 2
+"""Each window is a call that gives the GIL up, and more threads wait for that longer than for the bytes."""
 _WINDOW_BYTES: Final = 64
 _WORD_BYTES: Final = 8
 _BATCH: Final = 4096
@@ -117,7 +119,7 @@ class Anchors:
 
     Args:
         files: in the order of `Manifest.weights`; they must stay open.
-        threads: that read them.
+        threads: that may read them.
 
     Raises:
         CheckpointError: one can't be read.
@@ -297,7 +299,7 @@ def _all_anchors(
     words = [np.empty(0, dtype=np.uint64)]
     numbers = [np.empty(0, dtype=np.int32)]
     offsets = [np.empty(0, dtype=np.int64)]
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(min(threads, _MOST_READERS)) as pool:
         for number, file in enumerate(files):
             windows = _windows(file, step_bytes)
             batches = [windows[at : at + _BATCH] for at in range(0, len(windows), _BATCH)]

@@ -12,7 +12,9 @@ Names and results are those of the CUDA driver API (12.8 and 13.3); the primary 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 from typing import Any, Final
 
 from prefetch.errors import NoDeviceError, StagingError
@@ -20,6 +22,7 @@ from prefetch.errors import NoDeviceError, StagingError
 SUCCESS: Final = 0
 OUT_OF_MEMORY: Final = 2
 _HOST_ALLOC_PORTABLE: Final = 1
+_REGISTER_PORTABLE: Final = 1
 _REGISTER_READ_ONLY: Final = 8
 _STREAM_NON_BLOCKING: Final = 1
 _EVENT_BLOCKING_SYNC: Final = 1  # sleeps: a dozen threads that spin would take the processors of those that read
@@ -64,6 +67,7 @@ class Driver:
         self._functions = _functions(library, _WAITING) | _functions(ctypes.PyDLL(_LIBRARY), _BEGINNING)
         self._copy = self._functions["cuMemcpyHtoDAsync_v2"]
         self._reached = self._functions["cuEventQuery"]
+        self._blocks: dict[int, mmap.mmap] = {}
         self._contexts: dict[int, list[Any]] = {}
         try:
             self._call("cuInit", 0)
@@ -99,6 +103,37 @@ class Driver:
 
     def allocate(self, nbytes: int) -> int:
         """See `prefetch.devices.Driver`."""
+        try:
+            return self.allocate_huge(nbytes)
+        except (OSError, StagingError):  # no memory of that kind, or a driver that does not take it
+            return self.allocate_plain(nbytes)
+
+    def allocate_huge(self, nbytes: int) -> int:
+        """Pinned memory in huge pages, touched by this thread.
+
+        cuMemHostAlloc pins 2.3 GB/s however many threads ask for it (H100, 16 processors): 144 MiB take as long as 3
+        GB take to be copied. What several threads have touched only needs to be registered.
+
+        Raises:
+            OSError: there is no memory.
+            StagingError: the driver does not take it.
+        """
+        block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                block.madvise(mmap.MADV_HUGEPAGE)
+            block.madvise(mmap.MADV_DONTFORK)  # a child's copy is no use to it, and takes time
+            address = ctypes.addressof(ctypes.c_char.from_buffer(block))
+            ctypes.memset(address, 0, nbytes)
+            self._direct("cuMemHostRegister_v2", address, nbytes, _REGISTER_PORTABLE)
+        except BaseException:
+            block.close()
+            raise
+        self._blocks[address] = block
+        return address
+
+    def allocate_plain(self, nbytes: int) -> int:
+        """Pinned memory of the driver's own."""
         address = ctypes.c_void_p()
         self._direct("cuMemHostAlloc", ctypes.byref(address), nbytes, _HOST_ALLOC_PORTABLE)
         assert address.value is not None
@@ -106,7 +141,13 @@ class Driver:
 
     def free(self, address: int) -> None:
         """See `prefetch.devices.Driver`."""
-        self._direct("cuMemFreeHost", address)
+        block = self._blocks.get(address)
+        if block is None:
+            self._direct("cuMemFreeHost", address)
+        else:
+            self._direct("cuMemHostUnregister", address)
+            del self._blocks[address]
+            block.close()
 
     def allocate_device(self, nbytes: int) -> int:
         """See `prefetch.devices.Driver`."""

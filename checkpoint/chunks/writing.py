@@ -19,6 +19,8 @@ from checkpoint.errors import CheckpointError
 
 PACK_BYTES: Final = 256 << 20
 """From here on a new pack is begun: what is rarely live is found in pieces this large, and written anew in them."""
+_FLUSHED_BYTES: Final = 32 << 20
+"""From here on what is written is brought to the disk while the rest is compressed, not all of it at the end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +64,9 @@ class PackWriter:
         self._fault: BaseException | None = None
         self._counts = {"chunks": 0, "nbytes": 0, "new_chunks": 0, "new_nbytes": 0, "stored_nbytes": 0}
         self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="seal")
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
         self._idle = threading.Semaphore(threads)
+        self._unflushed_nbytes = 0
 
     def __enter__(self) -> Self:
         return self
@@ -108,6 +112,7 @@ class PackWriter:
             CheckpointError: something can't be written. Nothing that was there before has changed.
         """
         self._pool.shutdown()
+        self._flusher.shutdown()
         self._require_whole()
         try:
             with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -126,6 +131,7 @@ class PackWriter:
         """Remove what was not committed. Harmless after `commit`, and when called twice."""
         self._fault = self._fault or CheckpointError("no chunk is added any more", path=self._folder.path)
         self._pool.shutdown(cancel_futures=True)
+        self._flusher.shutdown(cancel_futures=True)
         for draft in self._drafts:
             draft.remove()
         self._drafts = []
@@ -155,7 +161,19 @@ class PackWriter:
             draft = self._drafts[-1]
             number, at = draft.reserve(head)
             self._count(stored_nbytes=pack.HEAD_BYTES + head.sealed_nbytes)
+            self._unflushed_nbytes += head.sealed_nbytes
+            is_due = self._unflushed_nbytes >= _FLUSHED_BYTES
+            if is_due:
+                self._unflushed_nbytes = 0
         draft.write(number, at, head, payload)
+        if is_due:
+            self._flusher.submit(self._flush, draft)
+
+    def _flush(self, draft: _PackDraft) -> None:
+        try:
+            draft.flush()
+        except BaseException as e:  # noqa: BLE001  # the next `add` or `commit` raises it; a disk tells only once
+            self._fault = self._fault or e
 
     def _count(self, **more: int) -> None:
         for name, count in more.items():
@@ -200,6 +218,13 @@ class _PackDraft:
         sealed = pack.seal_chunk(self._sealer, number, head, payload)
         try:
             write_at(self._fd, [head.encoded(), sealed], at)
+        except OSError as e:
+            raise guarded.unwritable(self._path, e) from e
+
+    def flush(self) -> None:
+        """Wait until what was written so far is on the disk; any thread."""
+        try:
+            os.fdatasync(self._fd)
         except OSError as e:
             raise guarded.unwritable(self._path, e) from e
 

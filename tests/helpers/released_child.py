@@ -91,7 +91,8 @@ class Child:
     def replays(self) -> bool:
         if self.graph is None:
             return True
-        self.output.zero_()
+        with torch.inference_mode():
+            self.output.zero_()
         self.graph.replay()
         return bool(torch.equal(self.output.float().cpu(), self.of_graph))
 

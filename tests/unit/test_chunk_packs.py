@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import threading
@@ -23,6 +24,25 @@ MASTER = MasterKey(secret=bytes(range(32)))
 def packs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Packs:
     monkeypatch.setattr(sealing, "preferred", lambda: request.param)
     return Packs(str(tmp_path / "packs"), None if request.param is Cipher.NONE else MASTER)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_what_is_written_is_brought_to_the_disk_meanwhile(
+    packs: Packs, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    monkeypatch.setattr(writing, "_FLUSHED_BYTES", 100_000)
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", flushed.append)
+    ids = added(packs, chunks(1), threads=threads)
+    assert len(flushed) >= 3
+    assert all(packs.get(id_) == content for id_, content in ids.items())
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(CheckpointError, match="can't be written: Input/output error"):
+        added(packs, chunks(2), threads=threads)
 
 
 def chunks(seed: int, count: int = 40) -> list[bytes]:

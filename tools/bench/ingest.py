@@ -136,6 +136,13 @@ def _measure(
     report.measure(f"images taken in, {given.threads} threads", samples, "GB/s", target, "at least")
     report.value("the same by processor time", nbytes / _GB / sorted(processor_s)[len(processor_s) // 2], "GB/s a core")
     report.record("reading the anchors, of that", anchors_ms, "ms", None)
+    for threads in (each for each in (1, 2, 4, 8, 16) if each <= cores and each != given.threads):
+        rates = []
+        for _ in range(given.rounds):
+            began = time.perf_counter()
+            all_at_once(images, weights, threads)
+            rates.append(nbytes / _GB / (time.perf_counter() - began))
+        report.record(f"with {threads} threads", rates, "GB/s", None)
     shares(report, recipes, chunks, nbytes)
 
 
