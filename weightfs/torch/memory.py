@@ -93,6 +93,15 @@ def fill(wanted: Sequence[Stored], tensors: Sequence[torch.Tensor], device: torc
         tensor.copy_(here[0])
 
 
+def await_torch(device: torch.device) -> None:
+    """Wait for what torch has under way on a GPU's current stream: it may still use memory that was given out again.
+
+    Of the thread that had the memory: another may have another stream.
+    """
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def _staged(wanted: Sequence[Stored], tensors: Sequence[torch.Tensor], device: torch.device) -> bool:
     """Copy through pinned memory; False where there can be none, and torch copies by itself."""
     from prefetch.staging import Piece, shared
@@ -104,8 +113,7 @@ def _staged(wanted: Sequence[Stored], tensors: Sequence[torch.Tensor], device: t
     except UnfitError as error:
         log.warning("copies to %s take the slow way: %s (%s)", device, error, error.mend)
         return False
-    # What torch has under way there may still use the memory that it gave.
-    torch.cuda.current_stream(device).synchronize()
+    await_torch(device)
     staging.copy(
         Piece(one.file.fileno(), one.offset, one.nbytes, tensor.data_ptr())
         for one, tensor in zip(wanted, tensors, strict=True)
