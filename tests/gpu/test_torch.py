@@ -176,14 +176,22 @@ def test_parts_of_a_model(tmp_path: Path, rank: int) -> None:
     assert torch.equal(part["down"].weight.cpu(), source["down"].weight[:, rows])
 
 
-def test_an_iterator_as_vllm_takes_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stream", ["default", "own"])
+def test_an_iterator_as_vllm_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: str) -> None:
+    """The model copies on its stream and gives the tensor back before that copy has happened."""
+    monkeypatch.setattr(memory, "ARENA_BYTES", 64 * MIB)
     paths = large(tmp_path)
     wanted = {name: one for path in paths for name, one in safetensors.torch.load_file(path).items()}
-    seen = set()
-    for name, one in vllm.weights(paths, torch.device("cuda", 0)):
-        assert torch.equal(one, wanted[name].to("cuda"))
-        seen.add(name)
-    assert seen == wanted.keys()
+    kept = {}
+    with torch.cuda.stream(torch.cuda.Stream() if stream == "own" else torch.cuda.default_stream()):
+        busy = torch.zeros(64 * MIB, dtype=torch.uint8, device="cuda")
+        for name, one in vllm.weights(paths, torch.device("cuda", 0)):
+            busy.add_(1)
+            kept[name] = one.clone()
+            del one
+    torch.cuda.synchronize()
+    assert kept.keys() == wanted.keys()
+    assert all(torch.equal(one, wanted[name].to("cuda")) for name, one in kept.items())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="this machine lacks transformers")

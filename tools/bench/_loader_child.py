@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import mmap
 import os
@@ -175,6 +176,25 @@ def ceiling(nbytes: int) -> float:
     return times * PINNED_BYTES / (time.perf_counter() - started) / 1e9
 
 
+def noted(phases: dict[str, float]) -> None:
+    """Have weightfs.torch say how long it takes to open files, to have memory, and to fill it."""
+
+    def timed(phase: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return work(*arguments)
+            finally:
+                phases[phase] = phases.get(phase, 0.0) + time.perf_counter() - started
+
+        return run
+
+    for name in ("weightfs.torch.loader", "weightfs.torch.modules"):
+        room: Any = importlib.import_module(name)
+        room.WeightFile = timed("open", room.WeightFile)
+        room.placed, room.fill = timed("memory", room.placed), timed("fill", room.fill)
+
+
 def settle(device: str) -> None:
     gc.collect()
     if device == "cuda":
@@ -183,9 +203,10 @@ def settle(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def load(prepare: Callable[[str, str], Load], folder: str, device: str, digest: bool) -> dict[str, Any]:
-    ready = prepare(folder, device)
+def load(name: str, folder: str, device: str, digest: bool, phases: dict[str, float]) -> dict[str, Any]:
+    ready = LOADERS[name](folder, device)
     settle(device)
+    phases.clear()
     started = time.perf_counter()
     found = ready()
     if device == "cuda":
@@ -197,6 +218,7 @@ def load(prepare: Callable[[str, str], Load], folder: str, device: str, digest: 
         "bytes": sum(one.numel() * one.element_size() for one in found.values()),
         "on": sorted({one.device.type for one in found.values()}),
         "peak_device_bytes": peak,
+        "phases": dict(phases),
         "digests": digests(found.items()) if digest else None,
     }
     del found, ready
@@ -210,6 +232,9 @@ def main() -> None:
     os.dup2(2, 1)  # loaders print
     if device == "cuda":
         torch.zeros(1, device=device)
+    phases: dict[str, float] = {}
+    if name.startswith("weightfs.torch "):
+        noted(phases)
     with contextlib.suppress(BrokenPipeError):
         print(json.dumps({"ready": True}), file=answers, flush=True)
         for line in sys.stdin:
@@ -217,7 +242,7 @@ def main() -> None:
             said: Any
             try:
                 if word == "load":
-                    said = load(LOADERS[name], arguments[0], device, arguments[1])
+                    said = load(name, arguments[0], device, arguments[1], phases)
                 elif word == "digest":
                     said = digests(plainly(arguments[0], device))
                     settle(device)

@@ -70,6 +70,7 @@ class Row:
         samples: GB/s of each counted load.
         same_bytes: whether all tensors of all counted loads were those of the files.
         peak_device_bytes: the most that torch had allocated.
+        phases: seconds of the last counted load within weightfs.torch; what is left is its own and the caller's.
         failed: why there are no figures.
     """
 
@@ -80,6 +81,7 @@ class Row:
     samples: list[float] = field(default_factory=list)
     same_bytes: bool | None = None
     peak_device_bytes: int | None = None
+    phases: dict[str, float] = field(default_factory=dict)
     failed: str | None = None
 
     @property
@@ -262,6 +264,7 @@ def counted(row: Row, child: Child, folder: str, nbytes: int, digests: dict[str,
         row.failed = said["failed"]
         return
     row.samples.append(nbytes / said["seconds"] / 1e9)
+    row.phases = said["phases"]
     row.same_bytes = row.same_bytes is not False and said["digests"] == digests
     row.peak_device_bytes = max(row.peak_device_bytes or 0, said["peak_device_bytes"] or 0) or None
 
@@ -283,7 +286,8 @@ def show(found: dict[str, Any], device: str) -> dict[str, bool | None]:
             print(f"{line}  failed: {row.failed[:150]}")
             continue
         line += f"{say(row.first_gb_s):>8}{say(row.median_gb_s):>8}{say(min(row.samples)):>8}{say(max(row.samples)):>8}"
-        print(f"{line}{say(share, 2):>7}  {'same' if row.same_bytes else 'DIFFERENT'}")
+        parts = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in row.phases.items())
+        print(f"{line}{say(share, 2):>7}  {'same' if row.same_bytes else 'DIFFERENT'}  {parts}")
     for name in found["not installed"]:
         print(f"{name:28}not installed here")
     for what in found["dropped"]:

@@ -23,7 +23,7 @@ import torch
 from weightfs.torch.errors import BadHeaderError
 from weightfs.torch.files import Path
 from weightfs.torch.loader import Backend, Device, load_file, load_stored, torch_device
-from weightfs.torch.memory import ARENA_BYTES
+from weightfs.torch.memory import ARENA_BYTES, await_torch
 from weightfs.torch.opened import FRAMEWORKS, Slice, safe_open
 
 _THEIR_OPEN: Final = safetensors.safe_open
@@ -162,8 +162,14 @@ class Gathering:
             while some := self._next():
                 try:
                     loaded = load_stored([one.part.stored() for one in some], some[0].device)
-                    for one, tensor in zip(some, loaded, strict=True):
-                        one.promise.set_result(tensor if one.dtype is None else tensor.to(one.dtype))
+                    cast = [
+                        tensor if one.dtype is None else tensor.to(one.dtype)
+                        for one, tensor in zip(some, loaded, strict=True)
+                    ]
+                    await_torch(some[0].device)  # who waits may use another stream than this thread
+                    for one, tensor in zip(some, cast, strict=True):
+                        one.promise.set_result(tensor)
+                    del loaded, cast
                 except BaseException as error:  # noqa: BLE001  handed to those who wait
                     for one in some:
                         if not one.promise.done():

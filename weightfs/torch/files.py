@@ -55,11 +55,6 @@ class WeightFile:
         """The descriptor, which stays this object's."""
         return self._fd
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._fd < 0
-
     def form(self, name: str) -> Form:
         """Dtype and shape in torch of one of its tensors."""
         return form_of(self.tensors[name], self.layout)

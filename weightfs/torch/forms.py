@@ -57,6 +57,11 @@ class Form(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Of all its elements."""
+        return math.prod(self.shape) * int(self.dtype.itemsize)
+
 
 def form_of(extent: TensorExtent, layout: WeightLayout) -> Form:
     """What torch makes of a tensor of a file.

@@ -116,7 +116,7 @@ def load_stored(wanted: Sequence[Stored], device: torch.device) -> list[torch.Te
         return [one.to(device) for one in load_stored(wanted, torch.device("cpu"))]
     order = in_order(wanted)
     ordered = [wanted[number] for number in order]
-    tensors = placed(ordered, device)
+    tensors = placed([one.form for one in ordered], device)
     fill(ordered, tensors, device)
     found = dict(zip(order, tensors, strict=True))
     return [found[number] for number in range(len(wanted))]

@@ -4,8 +4,8 @@ On a GPU a tensor of its own costs a cudaMalloc, 0.1 to 0.3 ms for each of the h
 share allocations of `ARENA_BYTES` at most, in the order in which they are given; each has a storage of its own size
 within it, as a tensor of safetensors has within its mapping, so `torch.save` of one writes one. An allocation stays
 until the last tensor in it is gone: one that survives its model keeps `ARENA_BYTES` at most. (One allocation a file, as
-other loaders make, would keep gigabytes.) What torch can't do for such a tensor is `record_stream`; who frees weights
-while another stream still uses them must wait for that stream.
+other loaders make, would keep gigabytes.) What torch can't do for such a tensor is `record_stream` and to
+resize its storage; who frees weights while another stream still uses them must wait for that stream.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 
 from weightfs.errors import ShortReadError, UnfitError
 from weightfs.torch.files import Stored
+from weightfs.torch.forms import Form
 
 ARENA_BYTES: Final = 512 << 20
 ALIGNMENT_BYTES: Final = 512
@@ -32,23 +33,22 @@ _THREADS: Final = 16
 log = logging.getLogger(__name__)
 
 
-def placed(wanted: Sequence[Stored], device: torch.device) -> list[torch.Tensor]:
-    """Tensors for what is wanted, in its order, contiguous and not filled yet.
+def placed(forms: Sequence[Form], device: torch.device) -> list[torch.Tensor]:
+    """Tensors of these forms, in their order, contiguous and not filled yet.
 
     Raises:
         RuntimeError: from torch, where the device or its memory is not there.
     """
     tensors: list[torch.Tensor] = []
-    for run in arenas([one.nbytes for one in wanted]):
-        group = wanted[run]
-        nbytes = sum(_aligned(one.nbytes) for one in group)
+    for run in arenas([one.nbytes for one in forms]):
+        nbytes = sum(_aligned(one.nbytes) for one in forms[run])
         arena = torch.empty(nbytes, dtype=torch.uint8, device=device).untyped_storage()
         at = 0
-        for one in group:
-            dtype, shape = one.form
-            tensor = torch.empty(0, dtype=dtype, device=device)
+        for one in forms[run]:
+            tensor = torch.empty(0, dtype=one.dtype, device=device)
             # An empty tensor takes no part of an arena, and so keeps none.
-            tensors.append(tensor.set_(arena[at : at + one.nbytes], 0, shape) if one.nbytes else tensor.reshape(shape))
+            part = arena[at : at + one.nbytes] if one.nbytes else tensor.untyped_storage()
+            tensors.append(tensor.set_(part, 0, one.shape))
             at += _aligned(one.nbytes)
     return tensors
 
@@ -88,9 +88,18 @@ def fill(wanted: Sequence[Stored], tensors: Sequence[torch.Tensor], device: torc
         _read(wanted, tensors)
         return
     for one, tensor in zip(wanted, tensors, strict=True):
-        here = placed([one], torch.device("cpu"))
+        here = placed([one.form], torch.device("cpu"))
         _read([one], here)
         tensor.copy_(here[0])
+
+
+def await_torch(device: torch.device) -> None:
+    """Wait for what torch has under way on a GPU's current stream: it may still use memory that was given out again.
+
+    Of the thread that had the memory: another may have another stream.
+    """
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _staged(wanted: Sequence[Stored], tensors: Sequence[torch.Tensor], device: torch.device) -> bool:
@@ -104,8 +113,7 @@ def _staged(wanted: Sequence[Stored], tensors: Sequence[torch.Tensor], device: t
     except UnfitError as error:
         log.warning("copies to %s take the slow way: %s (%s)", device, error, error.mend)
         return False
-    # What torch has under way there may still use the memory that it gave.
-    torch.cuda.current_stream(device).synchronize()
+    await_torch(device)
     staging.copy(
         Piece(one.file.fileno(), one.offset, one.nbytes, tensor.data_ptr())
         for one, tensor in zip(wanted, tensors, strict=True)

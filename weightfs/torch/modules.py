@@ -15,8 +15,9 @@ from torch import nn
 
 from weightfs.torch.asking import ask_for
 from weightfs.torch.files import Path, Stored, WeightFile, by_name, find_files, stored
+from weightfs.torch.forms import Form
 from weightfs.torch.loader import Device, in_order, load_stored, torch_device
-from weightfs.torch.memory import arenas, fill
+from weightfs.torch.memory import arenas, fill, placed
 from weightfs.torch.parts import Part, Shard, part_of
 from weightfs.torch.targets import Target, loads_its_own_way, place_of, targets_of, tied
 
@@ -115,26 +116,29 @@ def _mismatches(targets: Mapping[str, Target], parts: Mapping[str, Part]) -> lis
 
 
 def _make_room(
-    targets: Mapping[str, Target], filled: Collection[str], device: torch.device | None, dtype: torch.dtype | None
+    targets: Mapping[str, Target], parts: Mapping[str, Part], device: torch.device | None, dtype: torch.dtype | None
 ) -> None:
     """Give what will be filled the device and dtype that it is to have, under all its names."""
     if device is not None and device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    wanted = {id(targets[name].tensor) for name in filled}
-    made: dict[int, torch.Tensor] = {}
-    for target in targets.values():
-        old = target.tensor
-        if id(old) not in wanted:
-            continue
+    names = list(parts)
+    moved: dict[torch.device, dict[int, tuple[Target, Form]]] = {}
+    for name in (names[number] for number in in_order([parts[name].source for name in names])):
+        old = targets[name].tensor
         kind = dtype if dtype is not None and old.is_floating_point() else old.dtype
         place = device or (torch.device("cpu") if old.is_meta else old.device)
-        if id(old) in made:
-            target.put(made[id(old)])
-        elif old.is_meta:
-            made[id(old)] = target.renewed(torch.empty(old.shape, dtype=kind, device=place))
-            target.put(made[id(old)])
-        elif (kind, place) != (old.dtype, old.device):
-            old.data = torch.empty(old.shape, dtype=kind, device=place)
+        if (kind, place) != (old.dtype, old.device):
+            moved.setdefault(place, {})[id(old)] = (targets[name], Form(kind, tuple(old.shape)))
+    made: dict[int, torch.Tensor] = {}
+    for place, wanted in moved.items():
+        for (target, _), new in zip(wanted.values(), placed([form for _, form in wanted.values()], place), strict=True):
+            if target.tensor.is_meta:
+                made[id(target.tensor)] = target.renewed(new)
+            else:
+                target.tensor.data = new
+    for target in targets.values():
+        if id(target.tensor) in made:
+            target.put(made[id(target.tensor)])
 
 
 def _overlap(targets: Mapping[str, Target], ties: Sequence[tuple[str, list[str]]]) -> bool:

@@ -24,9 +24,9 @@ from torch import nn
 
 from weightfs.errors import UsageError, WeightfsError
 from weightfs.torch.asking import ask_for
-from weightfs.torch.files import WeightFile, by_name, find_files, stored
-from weightfs.torch.loader import in_order, load_stored
-from weightfs.torch.memory import arenas
+from weightfs.torch.files import Stored, WeightFile, by_name, find_files, stored
+from weightfs.torch.loader import in_order
+from weightfs.torch.memory import arenas, await_torch, fill, placed
 
 LOAD_FORMAT: Final = "weightfs"
 _PATTERNS: Final = ["*.safetensors"]
@@ -154,14 +154,23 @@ def weights(names: Sequence[str], device: torch.device, *, skip: Callable[[str],
         wanted = [wanted[number] for number in in_order(wanted)]
         windows = [wanted[run] for run in arenas([one.nbytes for one in wanted])]
         pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="weightfs-next"))
-        coming: Future[list[torch.Tensor]] | None = None
+
+        def begin(window: list[Stored]) -> tuple[list[torch.Tensor], Future[None]]:
+            # Memory is had here, where the model's stream is: once given back it is free for that stream alone.
+            tensors = placed([one.form for one in window], device)
+            await_torch(device)
+            return tensors, pool.submit(fill, window, list(tensors), device)
+
+        coming = begin(windows[0]) if windows else None
         for number, window in enumerate(windows):
-            here = coming.result() if coming is not None else load_stored(window, device)
-            following = windows[number + 1] if number + 1 < len(windows) else None
-            coming = pool.submit(load_stored, following, device) if following is not None else None
+            assert coming is not None
+            tensors, filled = coming
+            filled.result()
+            del filled  # it holds the tensors
+            coming = begin(windows[number + 1]) if number + 1 < len(windows) else None
             for one in window:
                 # Given away: a window's memory is free again once the model has taken the last of it.
-                yield one.extent.name, here.pop(0)
+                yield one.extent.name, tensors.pop(0)
 
 
 def _refuse_unfilled(model: nn.Module, loaded: set[str]) -> None:

@@ -132,6 +132,7 @@ def stub_of_transformers(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_tensors_for_a_gpu_go_together(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stub = stub_of_transformers(monkeypatch)
     batches: list[tuple[torch.device, int]] = []
+    waited: list[torch.device] = []
     gate = threading.Event()
 
     def load(wanted: Any, device: torch.device) -> Any:
@@ -140,6 +141,7 @@ def test_tensors_for_a_gpu_go_together(model: str, monkeypatch: pytest.MonkeyPat
         return loader.load_stored(wanted, torch.device("cpu"))
 
     monkeypatch.setattr(ours, "load_stored", load)
+    monkeypatch.setattr(ours, "await_torch", waited.append)
     theirs = safetensors.torch.load_file(model)
     with ThreadPoolExecutor(4) as pool, accelerate():
         file: Any = safetensors.safe_open(model, framework="pt")
@@ -158,6 +160,7 @@ def test_tensors_for_a_gpu_go_together(model: str, monkeypatch: pytest.MonkeyPat
     assert len(batches) <= 4
     assert sum(count for device, count in batches if device == torch.device("cuda", 0)) == half
     assert {device for device, _ in batches} == {torch.device("cuda", 0), torch.device("cuda", 1)}
+    assert waited == [device for device, _ in batches]
     assert stub.calls == []
 
 
@@ -252,6 +255,7 @@ def test_from_pretrained_of_shards_with_tied_weights_by_the_gpus_way(
         return loader.load_stored(wanted, torch.device("cpu"))
 
     monkeypatch.setattr(ours, "load_stored", load)
+    monkeypatch.setattr(ours, "await_torch", lambda device: None)
     with accelerate("cuda:0"):
         mine = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     assert sum(gathered) == 12 * 9 + 2

@@ -8,9 +8,11 @@ import json
 import os
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
@@ -185,6 +187,43 @@ def test_an_index_leads_nowhere_else(tmp_path: Path) -> None:
         load_files(tmp_path / "in")
 
 
+def test_an_index_that_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_sharded(str(tmp_path), model_tensors(2), 2)
+    index = write(str(tmp_path / "model.safetensors.index.json"), b"[]")
+    with pytest.raises(FormatError, match="index can't be decoded") as caught:
+        load_files(tmp_path)
+    assert caught.value.path == index
+    monkeypatch.setattr("weightfs.torch.files.MAX_INDEX_BYTES", 1)
+    with pytest.raises(FormatError, match="has 2 bytes"):
+        load_files(tmp_path)
+
+
+def test_gguf_of_the_other_byte_order(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(str(tmp_path / "big.gguf"), "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("t", np.ones((2, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(NotInTorchError, match="big-endian"):
+        load_gguf(tmp_path / "big.gguf")
+
+
+def test_a_file_that_shrinks_while_its_header_is_read(every: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fstat
+
+    def larger(fd: int) -> Any:
+        found = real(fd)
+        return SimpleNamespace(st_mode=found.st_mode, st_size=1 << 40)
+
+    os.truncate(every, 20)
+    monkeypatch.setattr(os, "fstat", larger)
+    with pytest.raises(ShortReadError) as caught:
+        load_file(every)
+    monkeypatch.undo()
+    assert caught.value.path == every
+
+
 def test_two_files_with_one_name(tmp_path: Path) -> None:
     paths = [write_safetensors(str(tmp_path / f"{n}.safetensors"), model_tensors(1, seed=n)) for n in range(2)]
     with pytest.raises(FormatError, match="as well"):
@@ -242,7 +281,7 @@ def test_to_a_gpu_in_the_order_of_layers(tmp_path: Path, monkeypatch: pytest.Mon
         layers = [part.extent.layer for part in ordered]
         assert layers == [None, *(layer for layer in range(12) for _ in range(2)), None, None]
         assert [part.extent.name for part in ordered[-2:]] == ["model.norm.weight", "lm_head.weight"]
-        made = memory.placed(ordered, torch.device("cpu"))
+        made = memory.placed([one.form for one in ordered], torch.device("cpu"))
         device = torch.device("cuda", 0)
         assert memory._staged(ordered, made, device)
         assert waited == [device, "synchronised"]
@@ -260,13 +299,22 @@ class _Stream:
         self._waited.append("synchronised")
 
 
-def test_without_pinned_memory_torch_copies(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_pinned_memory_torch_copies(
+    every: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def refuse(device: int) -> None:
         raise UnfitError("no package to use it by", mend="pip install 'weightfs[torch]'")
 
     monkeypatch.setattr("prefetch.staging.shared", refuse)
-    assert not memory._staged([], [], torch.device("cuda", 0))
-    assert "pip install" in caplog.text
+    theirs = safetensors.torch.load_file(every)
+    with WeightFile(every) as file:
+        wanted = [stored(file, name) for name in file.tensors]
+        made = memory.placed([one.form for one in wanted], torch.device("cpu"))
+        memory.fill(wanted, made, torch.device("cuda", 0))
+        assert "pip install" in caplog.text
+        monkeypatch.setattr(torch.version, "hip", "6.0")
+        assert not memory._staged(wanted, made, torch.device("cuda", 0))
+    assert all(same(one, theirs[part.extent.name]) for one, part in zip(made, wanted, strict=True))
 
 
 def test_tensors_share_allocations_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +324,7 @@ def test_tensors_share_allocations_of_bounded_size(tmp_path: Path, monkeypatch: 
         wanted: list[Stored] = [stored(file, name) for name in tensors]
         groups = [[one.nbytes for one in wanted[run]] for run in memory.arenas([one.nbytes for one in wanted])]
         assert groups == [[100, 3000, 1], [513], [9000], [0, 4096], [1]]
-        made = memory.placed(wanted, torch.device("cpu"))
+        made = memory.placed([one.form for one in wanted], torch.device("cpu"))
         memory.fill(wanted, made, torch.device("cpu"))
     starts = [one.data_ptr() for one in made]
     assert starts[1] - starts[0] == 512

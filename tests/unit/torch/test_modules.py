@@ -190,6 +190,25 @@ class Halves(nn.Module):  # type: ignore[misc]
         self.part = nn.Parameter(self.whole.data[2:])
 
 
+class Neighbours(nn.Module):  # type: ignore[misc]
+    """Two tensors of one storage that have nothing in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        both = torch.zeros(8)
+        self.one = nn.Parameter(both[:4])
+        self.other = nn.Parameter(both[4:])
+
+
+def test_neighbours_in_memory_are_not_tied(tmp_path: Path) -> None:
+    path = str(tmp_path / "n.safetensors")
+    safetensors.torch.save_file({"one": torch.ones(4), "other": torch.full((4,), 2.0)}, path)
+    mine, theirs, found, wanted = both(Neighbours(), path)
+    assert found == wanted == (set(), [])
+    assert equal(mine, theirs)
+    assert load_model(Neighbours(), path, device="cpu", shard=(0, 1, {})) == wanted
+
+
 class Renaming(nn.Linear):  # type: ignore[misc]
     """Takes an old name for its weight."""
 
