@@ -19,9 +19,14 @@ from checkpoint.pagemap import Memory
 from checkpoint.pages import PageImage
 from checkpoint.userfaultfd import PAGE_BYTES, Event
 
-PIECE_BYTES: Final = 2 << 20
-"""Of one copy, and its alignment: two threads then never wait for the lock of one page table. 16 threads filled
-13 GB/s with 512 KiB, 19 with 1 MiB, 20 with 2 MiB (Xeon, H100 host)."""
+PIECE_BYTES: Final = 4 << 20
+"""What a thread takes on at once, and its alignment: two threads then never wait for the lock of one page table.
+
+The less it is, the more often is the interpreter needed, of which there is one for all threads.
+"""
+
+_BUFFER_BYTES: Final = 2 << 20
+"""16 threads filled 13 GB/s with 512 KiB, 19 with 1 MiB, 20 with 2 MiB (Xeon, H100 host)."""
 
 AROUND_BYTES: Final = 64 << 10
 """What is copied along with a page that a process waits for."""
@@ -31,20 +36,27 @@ _LOOK_S: Final = 0.0005
 
 
 class Buffer:
-    """A thread's own memory, which an image is read into and copied from.
-
-    Reading first costs a third more of the processor's time than copying from a mapping of the image; taking such a
-    mapping down again costs as much, on one processor, 22 ms a GB, and a file cut short meanwhile is told by a length.
-    """
+    """A thread's own memory, which is read into and copied from what can't be copied from where it is."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, PIECE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory = mmap.mmap(-1, _BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._view = memoryview(self._memory)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
 
     def read(self, pages: PageImage, offset: int, nbytes: int) -> None:
-        """Read bytes of an image, `PIECE_BYTES` at most; errors are those of `PageImage.read`."""
+        """Read bytes of an image; errors are those of `PageImage.read`.
+
+        Args:
+            pages: the image.
+            offset: in it.
+            nbytes: `nbytes` of the buffer at most.
+        """
         pages.read(self._view[:nbytes], offset)
+
+    @property
+    def nbytes(self) -> int:
+        """It holds at most."""
+        return _BUFFER_BYTES
 
 
 class Filling:
@@ -197,16 +209,33 @@ class Filling:
                 run = self._plan.first(start, piece.end)
             if run is None:
                 return
-            is_zero, nbytes = self._pages.zeros(run.offset, run.end - run.start)
-            run = run.part(run.start, run.start + nbytes)
-            if not is_zero:
-                buffer.read(self._pages, run.offset, nbytes)
-            start = self._copy(run, None if is_zero else buffer, stopping)
+            start = run.start
+            for part in self._pages.parts(run.offset, run.end - run.start):
+                end = start + part.nbytes
+                if part.address is None and not part.is_zero:
+                    reached = self._read_and_copy(run.part(start, end), buffer, stopping)
+                else:
+                    reached = self._copy(run.part(start, end), part.address, buffer, stopping)
+                start = reached
+                if reached < end:
+                    break
 
-    def _copy(self, run: Run, buffer: Buffer | None, stopping: threading.Event) -> int:
-        """Copy what the plan still has of a run, which has been read, or zeros where there is no buffer.
+    def _read_and_copy(self, run: Run, buffer: Buffer, stopping: threading.Event) -> int:
+        """As `_copy`, by way of the buffer."""
+        start = run.start
+        while start < run.end:
+            end = min(run.end, start + buffer.nbytes)
+            buffer.read(self._pages, run.part(start, end).offset, end - start)
+            start = self._copy(run.part(start, end), buffer.address, None, stopping)
+            if start < end:
+                break
+        return start
 
-        Gives how far that went until the plan changed.
+    def _copy(self, run: Run, address: int | None, buffer: Buffer | None, stopping: threading.Event) -> int:
+        """Copy what the plan still has of a run from an address, or zeros where there is none.
+
+        Where that can't be read it is tried again by way of the buffer, if there is one. Gives how far that went until
+        the plan changed.
         """
         start, limit = run.start, run.end - run.start
         unmapped_since = None
@@ -220,11 +249,11 @@ class Filling:
                     return part.start
                 start = part.start
                 nbytes = min(part.end - start, limit)
-                if buffer is None:
+                if address is None:
                     done, why = userfaultfd.zero(self.fd, start, nbytes)
                 else:
-                    done, why = userfaultfd.copy(self.fd, start, buffer.address + start - run.start, nbytes)
-                self._filled(start, done, is_zero=buffer is None)
+                    done, why = userfaultfd.copy(self.fd, start, address + start - run.start, nbytes)
+                self._filled(start, done, is_zero=address is None)
             start += done
             if done:
                 unmapped_since = None
@@ -232,6 +261,8 @@ class Filling:
                 start += PAGE_BYTES
             elif why == errno.ESRCH:
                 self.has_ended = True
+            elif why == errno.EFAULT and buffer is not None:
+                return self._read_and_copy(run.part(start, run.end), buffer, stopping)
             elif why == errno.ENOENT and nbytes > PAGE_BYTES:
                 limit = nbytes // 2 // PAGE_BYTES * PAGE_BYTES  # it may reach beyond the mapping
             elif why == errno.ENOENT:

@@ -89,6 +89,7 @@ class PageServer:
         self._restored_at: float | None = None
         self._seconds: float | None = None
         self._failure: Exception | None = None
+        self._at_failure: Callable[[], None] | None = None
         self._stopping = threading.Event()
         self._wake = -1
         self._listener: socket.socket | None = None
@@ -154,6 +155,21 @@ class PageServer:
         if self._failure is not None:
             raise CheckpointError(f"the page server failed: {self._failure}") from self._failure
 
+    def tell_failure(self, tell: Callable[[], None]) -> None:
+        """Have `tell` called, by any thread, when memory can't be filled in; at once if that is so already."""
+        with self._state:
+            self._at_failure = tell
+            has_failed = self._failure is not None
+        if has_failed:
+            tell()
+
+    @property
+    def filled_between(self) -> tuple[float, float] | None:
+        """When CRIU's mark came and when the last page was there, by time.monotonic(); None before that."""
+        if self._restored_at is None or self._seconds is None:
+            return None
+        return self._restored_at, self._restored_at + self._seconds
+
     def finish(self, timeout_s: float) -> Filled:
         """Wait until all is filled in, once CRIU has restored; from then on the processes need this server no more.
 
@@ -168,6 +184,8 @@ class PageServer:
             self.check()
             if not done or self._seconds is None:
                 raise RetryError(f"memory was not filled in within {timeout_s:g} s", mend="give it more time")
+        self._running[0].join()  # which serves faults, and would go on with what is closed, or is another file by then
+        self.check()
         for filling in self._fillings:
             filling.require_filled()
             filling.close()
@@ -193,6 +211,9 @@ class PageServer:
                 self._failure = self._failure or e
                 self._stopping.set()
                 self._state.notify_all()
+                tell = self._at_failure
+            if tell is not None:
+                tell()
 
     def _serve(self) -> None:
         """What one thread does: CRIU's messages, events and faults of all processes."""

@@ -16,6 +16,7 @@ from checkpoint.snapshots import Snapshot
 
 if TYPE_CHECKING:
     from checkpoint.chunks.keys import MasterKey
+    from checkpoint.chunks.openers import Openers
 
 
 class Readable:
@@ -34,10 +35,12 @@ class Readable:
     def __init__(self, snapshot: Snapshot, state: str, master: MasterKey | None) -> None:
         self._snapshot = snapshot
         self._master = master
+        self._openers: Openers | None = None
         if self.is_plain:
             snapshot.require_not_encrypted(master)
             return
         from checkpoint.ahead import read_ahead
+        from checkpoint.chunks.openers import Openers
         from checkpoint.contents import Vault
         from checkpoint.generations import Generations
 
@@ -46,7 +49,14 @@ class Readable:
         generations = Generations(state, self._vault.packs.digest_key)
         generations.require_newest(snapshot.manifest.name, self._contents.generation, snapshot.folder)
         generations.note(snapshot.manifest.name, self._contents.generation)
+        self._openers = Openers(self._vault.packs)
+        self._openers.begin()  # before there are threads
         read_ahead(self._contents, self._vault, snapshot.manifest.weights)
+
+    def close(self) -> None:
+        """End what it began; a second call does nothing."""
+        if self._openers is not None:
+            self._openers.close()
 
     @property
     def is_plain(self) -> bool:
@@ -66,7 +76,7 @@ class Readable:
             CorruptError: something is not what was written.
             CheckpointError: it can't be read or written.
         """
-        if self.is_plain:
+        if self._openers is None:
             yield LaidPlain(self._snapshot.images)
             return
         from checkpoint.laying import LaidOut
@@ -79,6 +89,6 @@ class Readable:
         must_not_swap = self._master is not None
         with (
             Scratch(os.path.join(work, IMAGES), nbytes=available().nbytes, must_not_swap=must_not_swap) as scratch,
-            Sources(weights, self._vault.packs) as sources,
+            Sources(weights, self._openers) as sources,
         ):
             yield LaidOut(self._contents, sources, scratch, threads=threads)

@@ -8,7 +8,8 @@
 
 The tree is restored stopped, and its memory filled in by a page server while CRIU goes on (see
 `checkpoint.pageserver`); once all of it is there, and what it was read from is verified (see
-`checkpoint.verification`), every weight file is looked at once more, and the tree runs.
+`checkpoint.verification`), every weight file is looked at once more, and the tree runs. GPU memory comes back while
+host memory is filled in, where that is possible (see `checkpoint.gpu_side`), else after that.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from checkpoint import (
     userfaultfd,
 )
 from checkpoint.criu_command import options_kept
-from checkpoint.cuda import Pair
 from checkpoint.digests import Identity
-from checkpoint.errors import CheckpointError
+from checkpoint.errors import CheckpointError, CudaError
 from checkpoint.fingerprint import Difference, compare, require_fit
+from checkpoint.gpu_side import GpuSide
 from checkpoint.instances import Instance, Published
 from checkpoint.journal import Entry, Journal
 from checkpoint.laying import Laid
@@ -47,7 +48,7 @@ from checkpoint.machine import fingerprint_here
 from checkpoint.manifest import Manifest
 from checkpoint.pagemap import private_pages
 from checkpoint.pageserver import Filled, PageServer
-from checkpoint.phases import Phases
+from checkpoint.phases import Phases, Span
 from checkpoint.processes import start_ticks
 from checkpoint.readable import Readable
 from checkpoint.readiness import Readiness
@@ -101,6 +102,7 @@ class Restored(msgspec.Struct, frozen=True, kw_only=True):
         manifest: of the snapshot.
         pid: of the root.
         seconds: by phase.
+        spans: what went on when.
         bytes_read: of images.
         differences: between the machines, none of which matters.
         warnings: a line each.
@@ -111,6 +113,7 @@ class Restored(msgspec.Struct, frozen=True, kw_only=True):
     manifest: Manifest
     pid: int
     seconds: dict[str, float]
+    spans: Sequence[Span]
     bytes_read: int
     differences: list[Difference]
     warnings: list[str]
@@ -148,7 +151,8 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
             held.enter_context(store.lock(name, shared=True, timeout_s=_REPLACED_S))
             snapshot = store.open(name)
             manifest = snapshot.manifest
-            readable = Readable(snapshot, tools.state, options.master)
+            gpu = held.enter_context(GpuSide(manifest, tools.cuda, phases))
+            readable = held.enter_context(contextlib.closing(Readable(snapshot, tools.state, options.master)))
             verification = None
             if options.verify and readable.is_plain:
                 later = () if options.plain or userfaultfd.reason_against() else private_pages(snapshot.images)
@@ -161,8 +165,6 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
                 destination.require_free(manifest)
             destination.require_memory(manifest)
             destination.require_programs(manifest, tools.cache, root=options.root)
-            pairs, moved = destination.require_gpus(manifest, tools.cuda)
-            found += moved
         with phases.phase("weights"):
             weights = check_weights(manifest, cache=tools.cache, root=options.root or "/")
         if verification is not None:
@@ -181,9 +183,13 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
             instance = inner.enter_context(_instance(options, phases))
             with phases.phase("lay out"):
                 laid = inner.enter_context(readable.laid_out(entry.work, weights))
+            with phases.phase("driver"):
+                found += gpu.placed()
             try:
                 journal.at("restoring", images=laid.images)
-                inside, filled = _memory_filled(manifest, laid, entry, tools, options, phases, instance, verification)
+                inside, filled = _memory_filled(
+                    manifest, laid, entry, tools, options, phases, instance, verification, gpu
+                )
                 if verification is not None:
                     with phases.phase("verify"):
                         verified = verification.finish()
@@ -192,7 +198,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
                     pid = instance.pids()[inside]
                 journal.at("letting go", tree=processes.family(pid), root=pid)
                 weights = seen_by(pid, manifest, weights, root=options.root or "/")
-                _let_go(manifest, entry.tree, weights, tools, phases, instance, pairs)
+                _let_go(manifest, entry.tree, weights, tools, phases, instance, gpu)
                 if options.ready is not None:
                     journal.at("ready")
                     with phases.phase("ready"):
@@ -206,6 +212,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
         manifest=manifest,
         pid=pid,
         seconds=phases.seconds,
+        spans=phases.spans,
         bytes_read=manifest.bytes_logical,
         differences=found,
         warnings=[*_slower(options, filled), *_counted(manifest, tools)],
@@ -262,6 +269,7 @@ def _memory_filled(
     phases: Phases,
     instance: Instance | None,
     verification: Verification | None,
+    gpu: GpuSide,
 ) -> tuple[int, Filled | None]:
     """Restore the tree, stopped; gives the pid of the root, in its instance, and what the page server filled in."""
     work = entry.work
@@ -316,17 +324,26 @@ def _memory_filled(
                     check=check,
                     inherited=laid.inherited,
                 )
+            if instance is None and verification is None and not destination.is_container(manifest):
+                server.tell_failure(lambda: _kill(entry))  # the driver would wait for it in vain
+                gpu.restore_held(pid)
             with phases.phase("memory"):
                 filled = server.finish(options.timeout_s)
-            if filled.given_up_bytes:  # all are stopped: whatever was discarded, no process of theirs did that
+            if (filled_between := server.filled_between) is not None:
+                phases.note("filling", *filled_between, beside=True)
+            if filled.given_up_bytes and not gpu.is_restored:  # all are stopped: no process of theirs discarded it
                 raise CheckpointError(
                     f"{filled.given_up_bytes} bytes of memory were discarded before they were filled in",
                     mend="restore with --plain",
                 )
             return pid, filled
         except BaseException as e:
-            if instance is None:  # which ends what is in it
-                _kill(entry)
+            try:
+                if isinstance(e, CudaError):
+                    server.check()  # that may be why; once they are killed it fails anyway
+            finally:
+                if instance is None:  # which ends what is in it
+                    _kill(entry)
             if verification is not None and isinstance(e, CheckpointError):
                 verification.finish()  # bytes that are not those that were written may be why
             raise
@@ -352,17 +369,17 @@ def _let_go(
     tools: Tools,
     phases: Phases,
     instance: Instance | None,
-    pairs: Sequence[Pair],
+    gpu: GpuSide,
 ) -> None:
     unchanged_since(weights)
     if manifest.point is not None:
         points.let_go(manifest.point, "restored")
+    gpu.let_go()
     control.resume(tree)
     if manifest.cuda_pids and tools.cuda is not None:
         outside = instance.pids() if instance is not None else {}
         pids = [outside.get(pid, pid) for pid in manifest.cuda_pids]
-        with phases.phase("cuda restore"):
-            tools.cuda.restore_all(pids, pairs, needed_bytes=manifest.gpu_bytes)
+        gpu.restore(pids)
         with phases.phase("cuda unlock"):
             unchanged_since(weights)
             tools.cuda.unlock_all(pids)

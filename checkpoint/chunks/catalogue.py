@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import threading
-from collections.abc import Collection
-from typing import Final
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Final
 
 from checkpoint import guarded
 from checkpoint.chunks import pack
@@ -20,6 +21,11 @@ MOST_LOOKS: Final = 32
 """At a folder whose packs come and go all the while; each look takes about as long as one who changes it must take."""
 _GAP_BYTES: Final = 256 << 10
 """Chunks this near to each other are read ahead at once."""
+
+
+_BESIDE_BYTES: Final = 64 << 10
+"""Records this near to each other are read at once."""
+_MOST_READ_BYTES: Final = 4 << 20
 
 
 class GoneError(Exception):
@@ -82,6 +88,16 @@ class Catalogue:
             raise GoneError
         return self._open(found >> _NUMBER_BITS).get(found & _NUMBER)
 
+    def get_all(self, ids: Sequence[bytes]) -> list[Any]:
+        """Whole chunks, in that order, each with the buffer protocol; errors are those of `get`."""
+        places = [self.places.get(id_, -1) for id_ in ids]
+        if -1 in places:
+            raise GoneError
+        found: list[Any] = []
+        for ordinal, group in itertools.groupby(places, lambda place: place >> _NUMBER_BITS):
+            found += self._open(ordinal).get_all([place & _NUMBER for place in group])
+        return found
+
     def prefetch(self, ids: Collection[bytes]) -> int:
         """Have the kernel read chunks ahead; gives how many bytes. Those it does not find are left out."""
         wanted: dict[int, list[int]] = {}
@@ -139,20 +155,42 @@ class OpenPack:
             CorruptError: it is damaged.
             CheckpointError: it can't be read.
         """
-        path, head = self._pack.path, self._pack.table[number]
-        try:
-            sealed = os.pread(self._fd, head.sealed_nbytes, self._pack.table.offsets[number] + pack.HEAD_BYTES)
-        except OSError as e:
-            if e.errno == errno.ESTALE:  # NFS: another host removed it
-                raise GoneError from e
-            raise guarded.unreadable(path, e) from e
-        if len(sealed) != head.sealed_nbytes:
-            raise CorruptError("ends within a chunk", path=path, mend="make the snapshot anew")
-        return pack.open_chunk(self._sealer, number, head, sealed, path)
+        head = self._pack.table[number]
+        sealed = self._read(self._pack.table.offsets[number] + pack.HEAD_BYTES, head.sealed_nbytes)
+        return pack.open_chunk(self._sealer, number, head, sealed, self._pack.path)
 
     def get(self, number: int) -> bytes:
         """The chunk of a record; errors are those of `payload`."""
         return pack.expand(self._pack.table[number], self.payload(number), self._pack.path)
+
+    def get_all(self, numbers: Sequence[int]) -> list[Any]:
+        """Chunks of records, in that order, near ones read at once; errors are those of `payload`."""
+        table, path = self._pack.table, self._pack.path
+        payloads: dict[int, bytes] = {}
+        wanted = set(numbers)
+        for first, last in _near(sorted(wanted), table.offsets):
+            start = table.offsets[first]
+            sealed = memoryview(self._read(start, table.offsets[last + 1] - start))
+            for number in range(first, last + 1):
+                if number in wanted:
+                    at = table.offsets[number] + pack.HEAD_BYTES - start
+                    head = table[number]
+                    payloads[number] = pack.open_chunk(
+                        self._sealer, number, head, sealed[at : at + head.sealed_nbytes], path
+                    )
+        return pack.expand_all([table[number] for number in numbers], [payloads[number] for number in numbers], path)
+
+    def _read(self, offset: int, nbytes: int) -> bytes:
+        path = self._pack.path
+        try:
+            content = os.pread(self._fd, nbytes, offset)
+        except OSError as e:
+            if e.errno == errno.ESTALE:  # NFS: another host removed it
+                raise GoneError from e
+            raise guarded.unreadable(path, e) from e
+        if len(content) != nbytes:
+            raise CorruptError("ends within a chunk", path=path, mend="make the snapshot anew")
+        return content
 
     def prefetch(self, numbers: list[int]) -> int:
         """Read records ahead, near ones at once."""
@@ -165,3 +203,15 @@ class OpenPack:
                 start = offsets[number]
             end = offsets[number + 1]
         return total
+
+
+def _near(numbers: Sequence[int], offsets: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The first and the last of those, ascending, that are read at once."""
+    first = last = numbers[0]
+    for number in numbers[1:]:
+        is_near = offsets[number] - offsets[last + 1] <= _BESIDE_BYTES
+        if not is_near or offsets[number + 1] - offsets[first] > _MOST_READ_BYTES:
+            yield first, last
+            first = number
+        last = number
+    yield first, last

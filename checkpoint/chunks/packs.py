@@ -9,8 +9,8 @@ import contextlib
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Final
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, Final
 
 from checkpoint.chunks import collecting, rotating
 from checkpoint.chunks.catalogue import MOST_LOOKS, Catalogue, GoneError
@@ -128,6 +128,16 @@ class Packs:
             # It may have been moved more than once meanwhile, or added after another thread had looked.
             catalogue, is_new = self._found_after(catalogue)
         raise RetryError(f"the chunk {id_.hex()} is moved again and again", path=self.folder.path, mend="try again")
+
+    def get_all(self, ids: Sequence[bytes]) -> list[Any]:
+        """Whole chunks, in that order, with as few calls as can be; errors are those of `read`.
+
+        Each has the buffer protocol. Chunks that follow one another may do so in memory as well.
+        """
+        try:
+            return self._found().get_all(ids)
+        except GoneError:  # one by one they are looked up again
+            return [self.get(id_) for id_ in ids]
 
     def prefetch(self, ids: Collection[bytes]) -> int:
         """Have the kernel read chunks ahead; gives how many bytes. Those that are not there are left out."""

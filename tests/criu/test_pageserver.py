@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from checkpoint import userfaultfd
-from checkpoint.filling import AROUND_BYTES, Buffer
-from checkpoint.pages import PageImage
+from checkpoint.pages import Part, PlainPages
 from checkpoint.processes import tree_of
 from checkpoint.userfaultfd import Event
 from tests.helpers.paged import back, dumped, needs_userfaultfd
@@ -103,19 +103,18 @@ def test_what_a_process_does_to_its_memory_meanwhile(
     tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: set[int] = set()
-    read, events = Buffer.read, userfaultfd.read_events
+    parts, events = PlainPages.parts, userfaultfd.read_events
 
-    def slow(self: Buffer, pages: PageImage, offset: int, nbytes: int) -> None:
-        read(self, pages, offset, nbytes)
-        if nbytes > AROUND_BYTES:
-            time.sleep(0.002)
+    def slow(self: PlainPages, offset: int, nbytes: int) -> Iterator[Part]:
+        yield from parts(self, offset, nbytes)
+        time.sleep(0.004)
 
     def noted(fd: int) -> list[Event]:
         found = events(fd)
         seen.update(one.kind for one in found)
         return found
 
-    monkeypatch.setattr(Buffer, "read", slow)  # so that it is not done before the process has begun
+    monkeypatch.setattr(PlainPages, "parts", slow)  # so that it is not done before the process has begun
     monkeypatch.setattr(userfaultfd, "read_events", noted)
     go = tmp_path / "go"
     with target(CHURNS, tmp_path, str(go)) as churner:

@@ -40,14 +40,13 @@ if os.path.exists(os.environ["HELD"]):
 CUTS = """
 import os
 if os.path.exists(os.environ["HELD"]):
-    from checkpoint.filling import Buffer
-    from checkpoint.errors import CorruptError
-    read = Buffer.read
-    def cut(self, pages, offset, nbytes):
+    from checkpoint.pages import PlainPages
+    parts = PlainPages.parts
+    def cut(self, offset, nbytes):
         if nbytes > 1 << 19:
-            os.truncate(pages.path, 1 << 19)
-        read(self, pages, offset, nbytes)
-    Buffer.read = cut
+            os.truncate(self.path, 1 << 19)
+        yield from parts(self, offset, nbytes)
+    PlainPages.parts = cut
 """
 
 

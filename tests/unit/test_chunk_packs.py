@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.chunks import sealing, writing
+from checkpoint.chunks import pack, sealing, writing
 from checkpoint.chunks.keys import MasterKey
 from checkpoint.chunks.packs import Packs
 from checkpoint.chunks.sealing import Cipher
@@ -72,6 +72,28 @@ def test_what_was_added_is_read(packs: Packs) -> None:
             assert into == content[start:]
             with pytest.raises(CorruptError, match="has only"):
                 reader.read(id_, memoryview(bytearray(len(content))), 1)
+
+
+@pytest.mark.parametrize("has_many", [True, False])
+def test_many_are_read_at_once(packs: Packs, has_many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack, "_HAS_MANY", has_many)
+    monkeypatch.setattr(writing, "PACK_BYTES", 300_000)
+    ids = added(packs, chunks(1))
+    choose = random.Random(2)
+    for count in (0, 1, 2, 30, 100):
+        wanted = choose.choices(list(ids), k=count)
+        assert [bytes(memoryview(one)) for one in packs.get_all(wanted)] == [ids[id_] for id_ in wanted]
+    with pytest.raises(CorruptError, match="is missing"):
+        packs.get_all([*ids, bytes(32)])
+    later = added(Packs(packs.folder.path, packs.folder.master), chunks(3, 2))
+    assert [bytes(memoryview(one)) for one in packs.get_all(list(later))] == list(later.values())
+    for path in Path(packs.folder.path).glob("*.pack"):
+        content = bytearray(path.read_bytes())
+        for at in range(9000, len(content), 5000):
+            content[at] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(CorruptError):
+        packs.get_all(list(ids))
 
 
 def test_only_what_is_new_is_stored(packs: Packs) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +22,7 @@ from checkpoint.errors import CheckpointError, CorruptError, MisfitError
 from checkpoint.extents import ChunkBytes, Extent, Recipe, WeightBytes, Zero
 from checkpoint.generations import Generations
 from checkpoint.laying import LaidOut
-from checkpoint.pages import LEAST_ZERO_BYTES, RecipePages, Sources
+from checkpoint.pages import BATCH_BYTES, LEAST_ZERO_BYTES, RecipePages, Sources
 from checkpoint.scratch import Scratch
 from checkpoint.shelf import CHUNKS, CHUNKS_OPEN
 from checkpoint.store import Store
@@ -117,6 +120,10 @@ class Chunks:
         self.asked.append(id_)
         return self.content[id_]
 
+    @contextlib.contextmanager
+    def opened(self, ids: Sequence[bytes], /) -> Iterator[list[Any]]:
+        yield [self.get(id_) for id_ in ids]
+
 
 @pytest.fixture
 def weights(tmp_path: Path) -> str:
@@ -159,6 +166,62 @@ def test_a_recipe_is_read_anywhere(weights: str) -> None:
         for at in range(PAGE, PAGE + 10_000, 1000):
             image.read(memoryview(bytearray(1000)), at)
         assert len(chunks.asked) <= 1, "a thread remembers its last chunk"
+
+
+def test_parts_are_the_same_bytes(weights: str) -> None:
+    """Each where it lies: weights in their file's mapping, chunks as they were opened; zeros nowhere."""
+    generator = random.Random(4)
+    chunks = Chunks(a=generator.randbytes(3 * PAGE), b=generator.randbytes(BATCH_BYTES))
+    a, b = chunks.content
+    extents: list[Extent] = [
+        ChunkBytes(a, 2 * PAGE, PAGE),
+        Zero(PAGE),
+        ChunkBytes(b, BATCH_BYTES),
+        ChunkBytes(a, PAGE),
+        WeightBytes(0, 77, 9 * PAGE),
+        WeightBytes(0, 5, 3 * PAGE),
+        Zero(5 * PAGE),
+        ChunkBytes(a, 3 * PAGE),
+        ChunkBytes(a, 3),
+    ]
+    with Sources({weights: Identity.of(os.stat(weights))}, chunks) as sources:
+        image = RecipePages("pages-1.img", Recipe(extents), sources)
+        whole = memoryview(bytearray(sum(one.nbytes for one in extents)))
+        image.read(whole, 0)
+        pages = len(whole) // PAGE
+        for _ in range(100):
+            start = generator.randrange(pages) * PAGE
+            end = generator.randrange(start // PAGE, pages) * PAGE + PAGE
+            at = start
+            for part in image.parts(start, end - start):
+                wanted = whole[at : at + part.nbytes]
+                assert part.nbytes % PAGE == 0
+                if part.is_zero:
+                    assert not any(wanted)
+                elif part.address is not None:
+                    assert ctypes.string_at(part.address, part.nbytes) == wanted
+                at += part.nbytes
+            assert at == end
+        assert [part.address for part in image.parts(0, len(whole))][-1] is None, "has to be read: it is no whole page"
+        with pytest.raises(CorruptError):
+            list(image.parts(0, len(whole) + PAGE))
+
+
+def test_parts_of_a_chunk_that_is_too_short() -> None:
+    chunks = Chunks(a=bytes(range(200)) * 21)
+    (a,) = chunks.content
+    image = RecipePages("pages-1.img", Recipe([ChunkBytes(a, 2 * PAGE)]), Sources({}, chunks))
+    with pytest.raises(CorruptError):
+        list(image.parts(0, 2 * PAGE))
+
+
+def test_parts_of_weights_that_changed(weights: str) -> None:
+    identity = Identity.of(os.stat(weights))
+    os.utime(weights, ns=(1, 1))
+    with Sources({weights: identity}, Chunks()) as sources:
+        image = RecipePages("pages-1.img", Recipe([WeightBytes(0, 0, PAGE)]), sources)
+        with pytest.raises(CorruptError, match="changed"):
+            list(image.parts(0, PAGE))
 
 
 def test_long_zeros_are_told_of() -> None:

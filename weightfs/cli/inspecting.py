@@ -144,10 +144,10 @@ def doctor(
     with reporting(as_json=as_json):
         if not os.path.exists(path):
             raise WeightfsError("does not exist", path=path)
-        from weightfs.cli import snapshot_checks
+        from weightfs.cli import snapshot_checks, staging_checks
         from weightfs.doctor import examine
 
-        checks = [*examine(path, start, end), *snapshot_checks.checks()]
+        checks = [*examine(path, start, end), *staging_checks.checks(), *snapshot_checks.checks()]
         can_serve = not any(check.needed and check.state == "missing" for check in checks)
         if as_json:
             rows = [{"name": c.name, "state": c.state, "detail": c.detail, "mend": c.mend} for c in checks]

@@ -314,6 +314,7 @@ def _say_restored(back: Restored, seconds: dict[str, float], *, as_json: bool) -
             "id": back.manifest.id,
             "pid": back.pid,
             "phases": seconds,
+            "timeline": msgspec.to_builtins(back.spans),
             "bytes": {"logical": back.manifest.bytes_logical, "read": back.bytes_read},
             "memory": msgspec.to_builtins(back.filled),
             "verified": msgspec.to_builtins(back.verified),
@@ -323,6 +324,10 @@ def _say_restored(back: Restored, seconds: dict[str, float], *, as_json: bool) -
         emit(document)
         return
     say(f"{back.pid}")
+    if sys.stderr.isatty():
+        from weightfs.cli.spans import bars
+
+        sys.stderr.writelines(f"{line}\n" for line in bars(msgspec.to_builtins(back.spans)))
     sys.stderr.write(f"weightfs: {back.manifest.name} restored ({_told(seconds)})\n")
 
 
