@@ -25,8 +25,8 @@ from checkpoint.chunks.packs import Packs
 from checkpoint.chunks.sealing import key_id_of
 from checkpoint.errors import CheckpointError, CorruptError
 from checkpoint.extents import ChunkBytes, Recipe
+from checkpoint.shelf import CHUNKS, CHUNKS_OPEN
 from checkpoint.snapshots import Snapshot, digest_of
-from checkpoint.store import CHUNKS, CHUNKS_OPEN
 
 _MOST_BYTES: Final = 1 << 30
 _GENERATION: Final = struct.Struct("<Q")

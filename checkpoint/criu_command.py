@@ -75,7 +75,6 @@ class DumpOptions:
         leave_stopped: it is stopped afterwards (SIGSTOP); without either it ends.
         external: what is not dumped because the restore is given it: `OWN_MOUNTS`, and what `Attachment` tells of.
         ghost_limit_bytes: how large a file without any name may be to be copied into the images; 0 for 1 MiB.
-        manage_cgroups: `ignore`, so that a restored tree is in the control group of whoever restores it.
         timeout_s: how long it may take to stop all threads of the tree.
     """
 
@@ -91,7 +90,6 @@ class DumpOptions:
     leave_stopped: bool = False
     external: tuple[str, ...] = ()
     ghost_limit_bytes: int = 0
-    manage_cgroups: str = "ignore"
     timeout_s: int = 10
 
 
@@ -100,7 +98,7 @@ class RestoreOptions:
     """How a tree is restored.
 
     Attributes:
-        shell_job, file_locks, ext_unix_sk, tcp_established, tcp_close, manage_cgroups: as it was dumped.
+        shell_job, file_locks, ext_unix_sk, tcp_established, tcp_close: as it was dumped.
         external: `OWN_MOUNTS`, for a tree dumped with it.
         root: the folder that becomes the root of a tree in a mount namespace of its own.
         inherit: descriptors of this process that stand for ones of the tree, as (descriptor, resource): see
@@ -116,7 +114,6 @@ class RestoreOptions:
     ext_unix_sk: bool = False
     tcp_established: bool = False
     tcp_close: bool = False
-    manage_cgroups: str = "ignore"
     external: tuple[str, ...] = ()
     root: str | None = None
     inherit: tuple[tuple[int, str], ...] = ()
@@ -222,7 +219,7 @@ def _common(criu: Criu, command: Command, images: str, work: str | None) -> list
 def _switches(options: DumpOptions | RestoreOptions) -> list[str]:
     """What dump and restore must be told alike."""
     o = options
-    argv = [f"--manage-cgroups={o.manage_cgroups}"]
+    argv = ["--manage-cgroups=ignore"]  # a restored tree is in the control group of whoever restores it
     for wanted, switch in (
         (o.shell_job, "--shell-job"),
         (o.file_locks, "--file-locks"),
@@ -250,7 +247,6 @@ def restore_options_of(options: DumpOptions) -> RestoreOptions:
         ext_unix_sk=options.ext_unix_sk,
         tcp_established=options.tcp_established,
         tcp_close=options.tcp_close,
-        manage_cgroups=options.manage_cgroups,
         external=tuple(one for one in options.external if one == OWN_MOUNTS),
         root="/" if OWN_MOUNTS in options.external else None,
     )

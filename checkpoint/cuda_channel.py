@@ -41,12 +41,15 @@ class Helper:
     Args:
         module: the one whose `open_driver()` it calls.
         open_s: how long that may take.
+
+    Raises:
+        CudaError: it can't be started.
     """
 
     def __init__(self, module: str, open_s: float) -> None:
         ours, theirs = socket.socketpair()
-        with theirs:
-            environment = {name: value for name, value in os.environ.items() if name not in _HIDING}
+        environment = {name: value for name, value in os.environ.items() if name not in _HIDING}
+        try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "checkpoint.cuda_program", str(theirs.fileno()), module],
                 stdin=subprocess.DEVNULL,
@@ -55,6 +58,11 @@ class Helper:
                 start_new_session=True,
                 env=environment,
             )
+        except OSError as e:
+            ours.close()
+            raise CudaError(f"the CUDA helper process can't be started: {e.strerror}") from e
+        finally:
+            theirs.close()
         self._socket = ours
         self._rest = b""
         self._serial = 0

@@ -44,8 +44,8 @@ _PIECE_PAGES: Final = 1024
 _MOST_TOGETHER: Final = 16
 """So many pieces, one after the other, are one thread's: a run of weights is followed from each into the next.
 
-So 16 threads on two processors give way to each other 540 times for 384 MiB, not 5300, as they do for each look for
-anchors; on 16 processors that is what they wait for.
+So 16 threads on two processors give way to each other 540 times for 384 MiB, not 5300; what that is worth on 16
+processors was not measured.
 """
 _MARGIN_PAGES: Final = 2 * SHORTEST_BYTES // PAGE_BYTES
 """Seen on both sides of a piece as well, so that of a run that begins or ends near its edge enough shows to find it."""

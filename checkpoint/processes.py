@@ -35,7 +35,6 @@ class Descriptor(msgspec.Struct, frozen=True, kw_only=True):
         fd: its number.
         target: where /proc/PID/fd/N leads, ` (deleted)` taken off: a path, `pipe:[7]`, `anon_inode:[eventpoll]`.
         flags: those of open(2), O_CLOEXEC included.
-        pos: the file offset.
         mount_id: as in /proc/PID/mountinfo; 0 where the kernel does not say.
         device: `st_dev` of what is open, 0 where it can't be asked.
         inode: its inode number (of a pipe or socket the number in its name).
@@ -50,7 +49,6 @@ class Descriptor(msgspec.Struct, frozen=True, kw_only=True):
     fd: int
     target: str
     flags: int = 0
-    pos: int = 0
     mount_id: int = 0
     device: int = 0
     inode: int = 0
@@ -111,7 +109,6 @@ class Process(msgspec.Struct, frozen=True, kw_only=True):
         pid, ppid, group, session: as this /proc numbers them; 0 where it is outside of its pid namespace.
         comm: its name, 15 bytes at most.
         state: the letter of /proc/PID/stat: `S` sleeps, `T` stopped, `Z` ended and not waited for.
-        tty: the number of its controlling terminal, 0 without.
         start_ticks: when it began, in clock ticks since boot: with `pid`, what tells it from a later one.
         exe, cwd, root: paths; empty of one that has ended.
         cmdline: its arguments.
@@ -128,7 +125,6 @@ class Process(msgspec.Struct, frozen=True, kw_only=True):
     session: int = 0
     comm: str = ""
     state: str = "S"
-    tty: int = 0
     start_ticks: int = 0
     exe: str = ""
     cwd: str = ""
@@ -227,7 +223,6 @@ def process(pid: int, *, proc: str = PROC) -> Process:
         "session": int(fields[3]),
         "comm": comm,
         "state": fields[0],
-        "tty": int(fields[4]),
         "threads": int(fields[17]),
         "start_ticks": int(fields[19]),
     }
@@ -337,7 +332,6 @@ def _descriptor(fd: int, target: str, info: str, status: os.stat_result | None) 
         fd=fd,
         target=path,
         flags=int(values.get("flags", "0"), 8),
-        pos=int(values.get("pos", 0)),
         mount_id=int(values.get("mnt_id", 0)),
         device=status.st_dev if status else 0,
         inode=inode or (status.st_ino if status else 0),

@@ -79,7 +79,7 @@ def opened(wanted: Sequence[Resource], output: str | None, default: str) -> Iter
                 )
             where = os.devnull if fd == 0 else output or path or default
             if where not in held:
-                held[where] = _open(where)
+                held[where] = _open(where, follow=output is not None or not path)
             pairs.setdefault(resource, held[where])
         yield tuple((fd, resource) for resource, fd in pairs.items())
     finally:
@@ -94,7 +94,7 @@ def log(path: str) -> Iterator[int]:
     Raises:
         CheckpointError: it can't be opened.
     """
-    fd = _open(path)
+    fd = _open(path, follow=True)
     try:
         yield fd
     finally:
@@ -127,13 +127,15 @@ def _is_socket(fd: int) -> bool:
     return stat.S_ISSOCK(os.fstat(fd).st_mode)
 
 
-def _open(path: str) -> int:
+def _open(path: str, *, follow: bool) -> int:
+    """Open a log. One that a snapshot names was no symlink then: it must not become root's way to another file."""
     try:
         if path == os.devnull:
             return os.open(path, os.O_RDWR | os.O_CLOEXEC)
         if path.startswith(LOGS + "/"):
             os.makedirs(LOGS, mode=0o755, exist_ok=True)
-        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+        return os.open(path, flags, 0o640)
     except OSError as e:
         raise CheckpointError(
             f"the restored process can't write its log: {os.strerror(e.errno or 0)}", path=path, mend="name another"

@@ -25,7 +25,6 @@ import fcntl
 import functools
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -33,8 +32,9 @@ import msgspec
 
 from checkpoint import guarded, manifest
 from checkpoint.drafts import Draft
-from checkpoint.errors import CheckpointError, MisfitError, RetryError, SnapshotNameError
-from checkpoint.locking import flock, leads_to
+from checkpoint.errors import CheckpointError, MisfitError, SnapshotNameError
+from checkpoint.locking import flock
+from checkpoint.shelf import DRAFT, REMOVED, Shelf, remove, temporary
 from checkpoint.snapshots import IMAGES, Snapshot, examined
 from weightfs import linux
 
@@ -45,12 +45,6 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT", "Draft", "Listed", "Snapshot", "Store"]
 
 DEFAULT: Final = "/var/lib/weightfs/snapshots"
-_DRAFT: Final = ".draft."
-_REMOVED: Final = ".removed."
-CHUNKS: Final = ".chunks"
-CHUNKS_OPEN: Final = ".chunks-open"
-"""Folders of packs: of what is encrypted, and of what is not."""
-_STORE_S: Final = 10.0
 _IN_USE_S: Final = 30.0
 """For a restore to end: it holds its snapshot until its process answers."""
 
@@ -69,7 +63,7 @@ class Listed(msgspec.Struct, frozen=True, kw_only=True):
     fault: CheckpointError | None
 
 
-class Store:
+class Store(Shelf):
     """The snapshots in a folder. Every method may be called from any process at any time.
 
     Args:
@@ -77,7 +71,7 @@ class Store:
     """
 
     def __init__(self, path: str = DEFAULT) -> None:
-        self.path = os.path.abspath(path)
+        super().__init__(path)
 
     def require_new(self, name: str, *, replace: bool) -> None:
         """Refuse a name before a process is started for it; see `begin`."""
@@ -112,7 +106,7 @@ class Store:
                 if not replace:
                     self._require_free(name)
                 self._require_not_made(store_fd, name)
-                folder = self._at(_temporary(_DRAFT, name))
+                folder = self._at(temporary(DRAFT, name))
                 lock_fd = -1
                 try:
                     os.mkdir(folder, 0o700)
@@ -189,19 +183,6 @@ class Store:
         """
         return tuple(one for name in self.names() if (one := self._listed(name)) is not None)
 
-    def names(self) -> tuple[str, ...]:
-        """What lies in the store, in order: mostly snapshots.
-
-        Raises:
-            CheckpointError: the store can't be read.
-        """
-        try:
-            return tuple(sorted(name for name in os.listdir(self.path) if not name.startswith(".")))
-        except FileNotFoundError:
-            return ()
-        except OSError as e:
-            raise guarded.unreadable(self.path, e) from e
-
     def remove(self, name: str) -> None:
         """Remove a snapshot, whatever state it is in.
 
@@ -219,82 +200,15 @@ class Store:
                 held.enter_context(self.lock(name))
             try:
                 with self._locked() as store_fd:
-                    removed = self._at(_temporary(_REMOVED, name))
+                    removed = self._at(temporary(REMOVED, name))
                     os.rename(folder, removed)
                     os.fsync(store_fd)
-                _remove(removed)
+                remove(removed)
             except FileNotFoundError as e:
                 raise self._unknown(name) from e
             except OSError as e:
                 raise guarded.unwritable(folder, e) from e
         self._sweep()
-
-    @contextlib.contextmanager
-    def lock(self, name: str, *, shared: bool = False, timeout_s: float = 0) -> Iterator[None]:
-        """Keep a snapshot from being removed or replaced, and (not shared) from being used.
-
-        Args:
-            name: of the snapshot.
-            shared: whether others may hold it so as well.
-            timeout_s: how long to wait for whoever holds it, in seconds.
-
-        Raises:
-            SnapshotNameError: there is none.
-            RetryError: it is held.
-        """
-        manifest.require_name(name)
-        folder = self._at(name)
-        how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        until = time.monotonic() + timeout_s
-        while True:
-            try:
-                fd = os.open(folder, guarded.FOLDER)
-            except FileNotFoundError as e:
-                raise self._unknown(name) from e
-            except OSError as e:
-                raise guarded.unreadable(folder, e) from e
-            try:
-                if not flock(fd, how, until):
-                    raise RetryError(
-                        "is in use", path=folder, mend="try again when it is neither restored nor replaced"
-                    )
-                if leads_to(folder, fd):  # and was not replaced while it was waited for
-                    yield
-                    return
-            finally:
-                os.close(fd)
-
-    def recover(self) -> tuple[str, ...]:
-        """Remove what processes that died have left; gives the names of the snapshots they were making or removing.
-
-        What CRIU still writes must be ended before.
-
-        Raises:
-            CheckpointError: it can't be removed.
-        """
-        if not os.path.isdir(self.path):
-            return ()
-        removed = []
-        with self._locked() as store_fd:
-            for left in self._left(store_fd, _DRAFT) + self._left(store_fd, _REMOVED):
-                if self._is_left_over(store_fd, left):
-                    try:
-                        _remove(self._at(left))
-                    except OSError as e:
-                        raise guarded.unwritable(self._at(left), e) from e
-                    removed.append(_name_of(left))
-        self._sweep_chunks()
-        return tuple(removed)
-
-    def _sweep_chunks(self) -> None:
-        """Remove packs that were never completed, unless somebody makes a snapshot now: then the next one does it."""
-        for path in (self._at(CHUNKS), self._at(CHUNKS_OPEN)):
-            if os.path.isdir(path) and any(name.startswith(_DRAFT) for name in os.listdir(path)):
-                from checkpoint.chunks.folder import Folder  # libraries that are hardly ever needed for this
-
-                folder = Folder(path, None)
-                with contextlib.suppress(RetryError), folder.locked(fcntl.LOCK_EX, 0):
-                    folder.sweep()
 
     def _keep(self, name: str, held: contextlib.ExitStack) -> bool:
         """Hold what is to be replaced, where something is, until `held` ends."""
@@ -322,7 +236,7 @@ class Store:
                 try:
                     if is_there:
                         linux.exchange(store_fd, os.path.basename(folder), name)
-                        os.rename(folder, self._at(_temporary(_REMOVED, name)))
+                        os.rename(folder, self._at(temporary(REMOVED, name)))
                     else:
                         os.rename(folder, target)
                     os.fsync(store_fd)
@@ -335,15 +249,6 @@ class Store:
                         ) from e
                     raise guarded.unwritable(target, e) from e
                 return self.open(name)
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[int]:
-        """The store's own lock, held for moments; gives a descriptor of its folder."""
-        guarded.require_path_ours(self.path)
-        with guarded.opened(self.path, guarded.FOLDER & ~os.O_NOFOLLOW, self.path) as fd:
-            if not flock(fd, fcntl.LOCK_EX, time.monotonic() + _STORE_S):
-                raise RetryError("is locked by another process", path=self.path, mend="try again")
-            yield fd
 
     def _listed(self, name: str) -> Listed | None:
         """What lies under a name; None where nothing does, or it is none of ours."""
@@ -366,54 +271,6 @@ class Store:
             if one.snapshot is not None:
                 yield one.snapshot
 
-    def _left(self, store_fd: int, prefix: str) -> tuple[str, ...]:
-        return tuple(sorted(name for name in os.listdir(store_fd) if name.startswith(prefix)))
-
-    def _sweep(self) -> None:
-        """Remove what is left of snapshots that were removed or replaced; what can't be is left to the next one."""
-        guarded.require_path_ours(self.path)
-        for name in os.listdir(self.path):
-            if name.startswith(_REMOVED):
-                with contextlib.suppress(OSError):
-                    _remove(self._at(name))
-
-    def _is_left_over(self, store_fd: int, temporary: str) -> bool:
-        try:
-            fd = os.open(temporary, guarded.FOLDER, dir_fd=store_fd)
-        except OSError:  # no folder: nobody makes a snapshot in it
-            return True
-        try:
-            return flock(fd, fcntl.LOCK_EX, 0)
-        finally:
-            os.close(fd)
-
-    def _require_not_made(self, store_fd: int, name: str) -> None:
-        for left in self._left(store_fd, _DRAFT):
-            if _name_of(left) == name and not self._is_left_over(store_fd, left):
-                raise RetryError("is being made by another process", path=self._at(name), mend="wait until it is done")
-
-    def _require_free(self, name: str) -> None:
-        if os.path.lexists(self._at(name)):
-            raise SnapshotNameError(
-                "there is a snapshot of that name already", path=self._at(name), mend="use --replace or another name"
-            )
-
-    def _unknown(self, name: str) -> SnapshotNameError:
-        return SnapshotNameError(
-            f"there is no snapshot {name!r}", path=self.path, mend="weightfs snapshot list shows those there are"
-        )
-
-    def _at(self, name: str) -> str:
-        return os.path.join(self.path, name)
-
-
-def _temporary(prefix: str, name: str) -> str:
-    return f"{prefix}{name}.{os.urandom(4).hex()}"
-
-
-def _name_of(temporary: str) -> str:
-    return temporary.split(".", 2)[2].rpartition(".")[0]
-
 
 def _state(path: str) -> tuple[int, int] | None:
     """What tells a folder from another that had its name: inode numbers are used again at once."""
@@ -422,18 +279,3 @@ def _state(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_ctime_ns
-
-
-def _remove(path: str) -> None:
-    """Remove a folder or anything else, whoever else is at it as well."""
-    if os.path.islink(path) or not os.path.isdir(path):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        return
-    while True:
-        try:
-            shutil.rmtree(path)
-        except FileNotFoundError:  # somebody else was faster with a part of it
-            if os.path.lexists(path):
-                continue
-        return

@@ -37,7 +37,7 @@ _STEP_BYTES: Final = 64 << 10
 _MOST_WINDOWS: Final = 1 << 20
 """More weights than 64 GiB have anchors further apart. A window costs 1.5 us to read, and 130 bytes of memory."""
 _MOST_READERS: Final = 2
-"""Each window is a call that gives the GIL up, and more threads wait for that longer than for the bytes."""
+"""Each window is a call that gives the GIL up. On two processors 1, 2 and 16 threads take 14 ms for 384 MiB."""
 _WINDOW_BYTES: Final = 64
 _WORD_BYTES: Final = 8
 _BATCH: Final = 4096

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import cuda_helper
+from checkpoint import cuda_channel, cuda_helper
 from checkpoint.cuda import ILLEGAL_STATE, NO_DEVICE, NOT_SUPPORTED, OPERATING_SYSTEM, OUT_OF_MEMORY
 from checkpoint.cuda_channel import HelperLostError
 from checkpoint.cuda_helper import Cuda, Deadlines
@@ -516,3 +517,16 @@ class TestDetection:
 
 def _ended(descriptor: int) -> bool:
     return bool(select.select([descriptor], [], [], 10.0)[0])
+
+
+def test_a_helper_that_can_not_be_started_leaves_nothing_open(
+    bench: DoubleBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with pytest.raises(CudaError, match="can't be started: Resource temporarily unavailable"):
+        cuda_channel.Helper("tests.helpers.cuda_double", 1.0)
+    assert len(os.listdir("/proc/self/fd")) == before

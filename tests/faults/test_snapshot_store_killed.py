@@ -13,7 +13,8 @@ import pytest
 from checkpoint.chunks.keys import MasterKey
 from checkpoint.errors import CorruptError
 from checkpoint.rotation import rotate
-from checkpoint.store import CHUNKS, CHUNKS_OPEN, Store
+from checkpoint.shelf import CHUNKS, CHUNKS_OPEN
+from checkpoint.store import Store
 from tests.helpers.dying import MASTER, NEW_MASTER
 from tests.helpers.snapshots import add, add_chunked
 

@@ -24,7 +24,8 @@ from checkpoint.generations import Generations
 from checkpoint.laying import LaidOut
 from checkpoint.pages import BATCH_BYTES, LEAST_ZERO_BYTES, RecipePages, Sources
 from checkpoint.scratch import Scratch
-from checkpoint.store import CHUNKS, CHUNKS_OPEN, Store
+from checkpoint.shelf import CHUNKS, CHUNKS_OPEN
+from checkpoint.store import Store
 from tests.helpers.snapshots import IMAGES, add, add_chunked
 
 PAGE = 4096

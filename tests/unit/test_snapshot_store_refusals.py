@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from checkpoint import machine, nvml
+from checkpoint import machine, nvml, shelf
 from checkpoint import store as rooms
 from checkpoint.criu import Criu
 from checkpoint.errors import CheckpointError, CorruptError, CudaError, MisfitError, RetryError, SnapshotNameError
@@ -212,11 +212,11 @@ def test_a_snapshot_that_is_replaced_while_its_lock_is_waited_for(here: Store, m
         calls.append(fd)
         if len(calls) == 1:
             os.rename(os.path.join(here.path, "warm"), os.path.join(here.path, ".removed.warm.1"))
-            monkeypatch.setattr(rooms, "flock", flock)
+            monkeypatch.setattr(shelf, "flock", flock)
             add(here, "warm", generation=2)
         return flock(fd, how, until)
 
-    monkeypatch.setattr(rooms, "flock", late)
+    monkeypatch.setattr(shelf, "flock", late)
     with here.lock("warm", shared=True):
         assert here.open("warm").manifest.generation == 2
         with pytest.raises(RetryError):
@@ -224,7 +224,7 @@ def test_a_snapshot_that_is_replaced_while_its_lock_is_waited_for(here: Store, m
 
 
 def test_a_store_that_somebody_holds(here: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rooms, "_STORE_S", 0.05)
+    monkeypatch.setattr(shelf, "_STORE_S", 0.05)
     add(here, "warm")
     fd = os.open(here.path, os.O_RDONLY)
     try:

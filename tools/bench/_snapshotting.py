@@ -57,7 +57,7 @@ def start(place: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment["PYTHONPYCACHEPREFIX"] = os.path.join(place, "bytecode")
     return subprocess.Popen(
-        [WEIGHTFS, "snapshot", *arguments, "--json"],
+        [WEIGHTFS, "snapshot", arguments[0], "--json", *arguments[1:]],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

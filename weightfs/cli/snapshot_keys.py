@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 import typer
 
@@ -17,17 +20,69 @@ KeyCommand = Annotated[str | None, typer.Option(help="Command that prints a key.
 NoEncrypt = Annotated[bool, typer.Option("--no-encrypt", help="Memory is stored as it is, passwords and all.")]
 
 
-def master_key(
-    key_file: str | None, key_env: str | None, key_command: str | None, *, no_encrypt: bool
-) -> MasterKey | None:
-    """The key that one of the options names; None where nothing is encrypted.
+class Keys(NamedTuple):
+    """What the options say; see `keyed`."""
 
-    Raises:
-        UsageError: not exactly one of them is given.
-        MasterKeyError: there is no key where it says.
-    """
-    require_choice(key_file, key_env, key_command, no_encrypt=no_encrypt)
-    return None if no_encrypt else one_key(key_file, key_env, key_command)
+    file: str | None
+    env: str | None
+    command: str | None
+    no_encrypt: bool
+
+    @property
+    def names_one(self) -> bool:
+        """Whether a key is named, or several."""
+        return (self.file or self.env or self.command) is not None
+
+    def master(self) -> MasterKey | None:
+        """The key that one of the options names; None where nothing is encrypted.
+
+        Raises:
+            UsageError: not exactly one of them is given.
+            MasterKeyError: there is no key where it says.
+        """
+        self.require_choice()
+        return None if self.no_encrypt else one_key(self.file, self.env, self.command)
+
+    def require_choice(self) -> None:
+        """Scripts say from the start whether a snapshot is encrypted, and how.
+
+        Raises:
+            UsageError: not exactly one of the options is given.
+        """
+        given = [one for one in (self.file, self.env, self.command) if one is not None]
+        if given and self.no_encrypt:
+            raise UsageError("a key and --no-encrypt contradict each other")
+        if len(given) > 1:
+            raise UsageError("name one key: --key-file, --key-env or --key-command")
+        if not given and not self.no_encrypt:
+            raise UsageError(
+                "say whether the snapshot is encrypted: --key-file, --key-env, --key-command or --no-encrypt"
+            )
+
+
+_OPTIONS: Final = {"key_file": KeyFile, "key_env": KeyEnv, "key_command": KeyCommand, "no_encrypt": NoEncrypt}
+
+
+def keyed(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of this module, in place of its parameter `keys`, which gets what they say."""
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        keys = Keys(*(given.pop(name) for name in _OPTIONS))
+        command(**given, keys=keys)
+
+    known = inspect.signature(command, eval_str=True)
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in _OPTIONS.items()
+    ]
+    options[-1] = options[-1].replace(default=False)
+    parameters: list[inspect.Parameter] = []
+    for one in known.parameters.values():
+        parameters += options if one.name == "keys" else [one.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+    with_options.__signature__ = known.replace(parameters=parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {one.name: one.annotation for one in parameters}
+    return with_options
 
 
 def one_key(key_file: str | None, key_env: str | None, key_command: str | None, *, prefix: str = "") -> MasterKey:
@@ -48,18 +103,3 @@ def one_key(key_file: str | None, key_env: str | None, key_command: str | None, 
     if key_file is not None:
         return keys.from_file(key_file)
     return keys.from_environment(key_env) if key_env is not None else keys.from_command(key_command or "")
-
-
-def require_choice(key_file: str | None, key_env: str | None, key_command: str | None, *, no_encrypt: bool) -> None:
-    """Scripts say from the start whether a snapshot is encrypted, and how.
-
-    Raises:
-        UsageError: not exactly one of the options is given.
-    """
-    given = [one for one in (key_file, key_env, key_command) if one is not None]
-    if given and no_encrypt:
-        raise UsageError("a key and --no-encrypt contradict each other")
-    if len(given) > 1:
-        raise UsageError("name one key: --key-file, --key-env or --key-command")
-    if not given and not no_encrypt:
-        raise UsageError("say whether the snapshot is encrypted: --key-file, --key-env, --key-command or --no-encrypt")

@@ -10,7 +10,7 @@ import typer
 
 from weightfs import systemd
 from weightfs.cli.output import printable, reporting
-from weightfs.cli.snapshot_keys import KeyCommand, KeyEnv, KeyFile, NoEncrypt, master_key, require_choice
+from weightfs.cli.snapshot_keys import Keys, keyed
 from weightfs.cli.snapshot_store import DEFAULT_STORE, StoreFolder
 from weightfs.cli.snapshotting import (
     Name,
@@ -23,6 +23,7 @@ from weightfs.cli.snapshotting import (
 from weightfs.errors import UsageError
 
 
+@keyed
 def run(
     context: typer.Context,
     name: Name,
@@ -35,17 +36,15 @@ def run(
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare the images' digests.")] = False,
     timeout: Timeout = 120.0,
     store: StoreFolder = DEFAULT_STORE,
-    key_file: KeyFile = None,
-    key_env: KeyEnv = None,
-    key_command: KeyCommand = None,
-    no_encrypt: NoEncrypt = False,
+    *,
+    keys: Keys,
 ) -> None:
     """Run COMMAND from its snapshot if that fits, else start it; in the foreground, with its signals and exit status.
 
     Example: weightfs snapshot run llama --no-encrypt --create --ready-url http://127.0.0.1:8000/health -- llama-server
     """
     with reporting(as_json=False):
-        require_choice(key_file, key_env, key_command, no_encrypt=no_encrypt)
+        keys.require_choice()
         command = list(context.args)
         if not command:
             raise UsageError("name the command (-- COMMAND...)")
@@ -64,7 +63,7 @@ def run(
             replace=replace,
             strict=strict,
             verify=not no_verify,
-            master=functools.cache(lambda: master_key(key_file, key_env, key_command, no_encrypt=no_encrypt)),
+            master=functools.cache(keys.master),
         )
         around = running.Surroundings(
             store=lambda: Store(store),

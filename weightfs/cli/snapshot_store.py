@@ -16,7 +16,7 @@ import typer
 
 from weightfs.cli.options import Json
 from weightfs.cli.output import emit, fail_for, human_bytes, printable, reporting, say
-from weightfs.cli.snapshot_keys import KeyCommand, KeyEnv, KeyFile, NoEncrypt, master_key
+from weightfs.cli.snapshot_keys import Keys, keyed
 from weightfs.errors import UnfitError, UsageError, WeightfsError
 from weightfs.sizes import parse_bytes, parse_seconds
 
@@ -88,15 +88,14 @@ def show(
             _print_differences(differences)
 
 
+@keyed
 def verify(
     names: Annotated[
         list[str] | None, typer.Argument(help="Snapshots; all that are sealed so unless told.", metavar="[NAME...]")
     ] = None,
     store: StoreFolder = DEFAULT_STORE,
-    key_file: KeyFile = None,
-    key_env: KeyEnv = None,
-    key_command: KeyCommand = None,
-    no_encrypt: NoEncrypt = False,
+    *,
+    keys: Keys,
     as_json: Json = False,
 ) -> None:
     """Read every byte of snapshots and compare it with what was written. Exits 4 when one is damaged.
@@ -106,7 +105,7 @@ def verify(
     Example: weightfs snapshot verify llama --key-file /etc/weightfs/key
     """
     with reporting(as_json=as_json):
-        master = master_key(key_file, key_env, key_command, no_encrypt=no_encrypt)
+        master = keys.master()
         opened = _open(store)
         wanted, others = (names, []) if names else _sealed_so(opened, is_encrypted=master is not None)
         verdicts = [_verdict(opened, name, master) for name in wanted]
@@ -142,16 +141,15 @@ def rm(names: Names, store: StoreFolder = DEFAULT_STORE, as_json: Json = False) 
         fail_for(failed, as_json=as_error)
 
 
+@keyed
 def prune(
     keep_last: Annotated[int | None, typer.Option(min=0, help="The newest that stay in any case.")] = None,
     older_than: Annotated[str | None, typer.Option(help="Remove what is older than this, as 7d or 12h.")] = None,
     max_size: Annotated[str | None, typer.Option(help="Remove the oldest down to this, as 200GiB.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     store: StoreFolder = DEFAULT_STORE,
-    key_file: KeyFile = None,
-    key_env: KeyEnv = None,
-    key_command: KeyCommand = None,
-    no_encrypt: NoEncrypt = False,
+    *,
+    keys: Keys,
     as_json: Json = False,
 ) -> None:
     """Remove old snapshots: for cron. With --keep-last alone, all but so many of the newest go.
@@ -167,13 +165,12 @@ def prune(
     with reporting(as_json=as_json):
         from checkpoint.retention import Kept, choose
 
-        has_key = (key_file or key_env or key_command) is not None
         has_rule = (keep_last, older_than, max_size) != (None, None, None)
-        if not has_rule and not has_key and not no_encrypt:
+        if not has_rule and not keys.names_one and not keys.no_encrypt:
             raise UsageError(
                 "nothing says what may go", mend="give --keep-last, --older-than or --max-size, or several"
             )
-        master = master_key(key_file, key_env, key_command, no_encrypt=no_encrypt or not has_key)
+        master = keys._replace(no_encrypt=keys.no_encrypt or not keys.names_one).master()
         opened = _open(store)
         usable = {one.name: one.snapshot for one in opened.list() if one.snapshot is not None}
         chosen = choose(
@@ -191,7 +188,7 @@ def prune(
         freed = sum(usable[name].bytes_stored for name in removed)
         if not dry_run:
             freed += _collected(opened, master, failed) - sum(usable[name].manifest.bytes_added for name in removed)
-            if not has_key and any(usable[name].manifest.is_encrypted for name in removed):
+            if not keys.names_one and any(usable[name].manifest.is_encrypted for name in removed):
                 sys.stderr.write("weightfs: encrypted chunks stay until prune is given their key\n")
         if as_json:
             emit({"removed": removed, "kept": kept, "bytes_freed": freed, "dry_run": dry_run})

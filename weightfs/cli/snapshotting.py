@@ -18,7 +18,7 @@ import typer
 from weightfs import linux
 from weightfs.cli.options import Json
 from weightfs.cli.output import emit, human_bytes, printable, reporting, say
-from weightfs.cli.snapshot_keys import KeyCommand, KeyEnv, KeyFile, NoEncrypt, master_key
+from weightfs.cli.snapshot_keys import Keys, keyed
 from weightfs.cli.snapshot_store import DEFAULT_STORE, StoreFolder
 from weightfs.errors import UnfitError, UsageError
 
@@ -46,6 +46,7 @@ _NEEDED: Final = (
 """What a dump and a restore failed without in a container of crun, CRIU 4.2.1; nothing else was missed."""
 
 
+@keyed
 def create(
     context: typer.Context,
     name: Name,
@@ -62,10 +63,8 @@ def create(
     log: Log = None,
     timeout: Timeout = 120.0,
     store: StoreFolder = DEFAULT_STORE,
-    key_file: KeyFile = None,
-    key_env: KeyEnv = None,
-    key_command: KeyCommand = None,
-    no_encrypt: NoEncrypt = False,
+    *,
+    keys: Keys,
     as_json: Json = False,
 ) -> None:
     """Snapshot a process: one that runs, or COMMAND, which is started for it. Do it before the first user's request.
@@ -73,9 +72,9 @@ def create(
     Example: weightfs snapshot create llama --no-encrypt --ready-url http://127.0.0.1:8000/health -- llama-server -m M
     """
     with reporting(as_json=as_json), undone_by_signals():
-        if plain and not no_encrypt:
+        if plain and not keys.no_encrypt:
             raise UsageError("plain images are not encrypted: --plain goes with --no-encrypt")
-        master = master_key(key_file, key_env, key_command, no_encrypt=no_encrypt)
+        master = keys.master()
         command = list(context.args)
         if (pid is None) == (not command):
             raise UsageError("name either a process (--pid) or a command (-- COMMAND...)")
@@ -108,6 +107,7 @@ def create(
         _say_created(made, phases.whole(), as_json=as_json)
 
 
+@keyed
 def restore(
     name: Name,
     wait_url: WaitUrl = None,
@@ -123,10 +123,8 @@ def restore(
         list[str] | None, typer.Option(metavar="[HOST:]PORT:PORT", help="With --new-pidns: port out here, in there.")
     ] = None,
     store: StoreFolder = DEFAULT_STORE,
-    key_file: KeyFile = None,
-    key_env: KeyEnv = None,
-    key_command: KeyCommand = None,
-    no_encrypt: NoEncrypt = False,
+    *,
+    keys: Keys,
     as_json: Json = False,
 ) -> None:
     """Bring a process back from its snapshot; prints its pid.
@@ -134,7 +132,7 @@ def restore(
     Example: weightfs snapshot restore llama --no-encrypt --wait-url http://127.0.0.1:8000/health
     """
     with reporting(as_json=as_json), differences_shown(), undone_by_signals():
-        master = master_key(key_file, key_env, key_command, no_encrypt=no_encrypt)
+        master = keys.master()
         from checkpoint.phases import Phases
 
         phases = Phases.of_this_process()
