@@ -36,7 +36,10 @@ reader, roots = Packs(path, MASTER), Path(path).parent / "roots"
 def needed():
     found = []
     for root in roots.iterdir():
-        text = root.read_bytes()
+        try:
+            text = root.read_bytes()
+        except FileNotFoundError:  # another worker has removed it since, as a snapshot may be
+            continue
         found += [text[at : at + 32] for at in range(0, len(text), 32)]
     return found
 
