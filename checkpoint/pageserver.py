@@ -89,7 +89,6 @@ class PageServer:
         self._restored_at: float | None = None
         self._seconds: float | None = None
         self._failure: Exception | None = None
-        self._at_failure: Callable[[], None] | None = None
         self._stopping = threading.Event()
         self._wake = -1
         self._listener: socket.socket | None = None
@@ -155,14 +154,6 @@ class PageServer:
         if self._failure is not None:
             raise CheckpointError(f"the page server failed: {self._failure}") from self._failure
 
-    def tell_failure(self, tell: Callable[[], None]) -> None:
-        """Have `tell` called, by any thread, when memory can't be filled in; at once if that is so already."""
-        with self._state:
-            self._at_failure = tell
-            has_failed = self._failure is not None
-        if has_failed:
-            tell()
-
     @property
     def filled_between(self) -> tuple[float, float] | None:
         """When CRIU's mark came and when the last page was there, by time.monotonic(); None before that."""
@@ -211,9 +202,6 @@ class PageServer:
                 self._failure = self._failure or e
                 self._stopping.set()
                 self._state.notify_all()
-                tell = self._at_failure
-            if tell is not None:
-                tell()
 
     def _serve(self) -> None:
         """What one thread does: CRIU's messages, events and faults of all processes."""

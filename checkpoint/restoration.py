@@ -38,7 +38,7 @@ from checkpoint import (
 )
 from checkpoint.criu_command import options_kept
 from checkpoint.digests import Identity
-from checkpoint.errors import CheckpointError, CudaError
+from checkpoint.errors import CheckpointError
 from checkpoint.fingerprint import Difference, compare, require_fit
 from checkpoint.gpu_side import GpuSide
 from checkpoint.instances import Instance, Published
@@ -187,9 +187,7 @@ def restore(name: str, store: Store, tools: Tools, options: RestoreOptions, phas
                 found += gpu.placed()
             try:
                 journal.at("restoring", images=laid.images)
-                inside, filled = _memory_filled(
-                    manifest, laid, entry, tools, options, phases, instance, verification, gpu
-                )
+                inside, filled = _memory_filled(manifest, laid, entry, tools, options, phases, instance, verification)
                 if verification is not None:
                     with phases.phase("verify"):
                         verified = verification.finish()
@@ -269,7 +267,6 @@ def _memory_filled(
     phases: Phases,
     instance: Instance | None,
     verification: Verification | None,
-    gpu: GpuSide,
 ) -> tuple[int, Filled | None]:
     """Restore the tree, stopped; gives the pid of the root, in its instance, and what the page server filled in."""
     work = entry.work
@@ -324,26 +321,19 @@ def _memory_filled(
                     check=check,
                     inherited=laid.inherited,
                 )
-            if instance is None and verification is None and not destination.is_container(manifest):
-                server.tell_failure(lambda: _kill(entry))  # the driver would wait for it in vain
-                gpu.restore_held(pid)
             with phases.phase("memory"):
                 filled = server.finish(options.timeout_s)
             if (filled_between := server.filled_between) is not None:
                 phases.note("filling", *filled_between, beside=True)
-            if filled.given_up_bytes and not gpu.is_restored:  # all are stopped: no process of theirs discarded it
+            if filled.given_up_bytes:  # all are stopped: no process of theirs discarded it
                 raise CheckpointError(
                     f"{filled.given_up_bytes} bytes of memory were discarded before they were filled in",
                     mend="restore with --plain",
                 )
             return pid, filled
         except BaseException as e:
-            try:
-                if isinstance(e, CudaError):
-                    server.check()  # that may be why; once they are killed it fails anyway
-            finally:
-                if instance is None:  # which ends what is in it
-                    _kill(entry)
+            if instance is None:  # which ends what is in it
+                _kill(entry)
             if verification is not None and isinstance(e, CheckpointError):
                 verification.finish()  # bytes that are not those that were written may be why
             raise
@@ -374,7 +364,6 @@ def _let_go(
     unchanged_since(weights)
     if manifest.point is not None:
         points.let_go(manifest.point, "restored")
-    gpu.let_go()
     control.resume(tree)
     if manifest.cuda_pids and tools.cuda is not None:
         outside = instance.pids() if instance is not None else {}

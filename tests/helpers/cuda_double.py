@@ -211,7 +211,6 @@ class CudaDouble:
         full = False
         with self._world.change() as world:
             one = self._moving(world, Step.RESTORE, pid)
-            one["seen"] = _threads(pid)
             if one["broken"]:
                 raise _refused("restore", pid, OPERATING_SYSTEM)
             onto = {_plain(old): _plain(new) for old, new in pairs}
@@ -238,7 +237,8 @@ class CudaDouble:
 
     def restore_thread_id(self, pid: int) -> int:
         with self._world.change() as world:
-            return int(self._process(world, "restore_thread", pid).get("thread", pid + 1))
+            self._process(world, "restore_thread", pid)
+        return pid + 1
 
     def _process(self, world: dict[str, Any], call: str, pid: int) -> dict[str, Any]:
         one: dict[str, Any] | None = world["processes"].get(str(pid))
@@ -331,14 +331,6 @@ def _refused(call: str, pid: int, code: int) -> Exception:
 
 def _plain(uuid: str) -> bytes:
     return uuid_bytes(uuid)
-
-
-def _threads(pid: int) -> dict[str, str]:
-    """The state of each thread, as `ps` has it."""
-    return {
-        task.name: (task / "stat").read_text().rpartition(")")[2].split()[0]
-        for task in Path(f"/proc/{pid}/task").iterdir()
-    }
 
 
 def _alive(pid: int) -> bool:
