@@ -4,6 +4,7 @@ needs is always there.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -40,12 +41,22 @@ class Chunks(RuleBasedStateMachine):
         self.path = os.path.join(self.folder, "packs")
         self.master: MasterKey | None = None
         self.snapshots: dict[str, dict[bytes, bytes]] = {}
-        self.patch = mock.patch.object(writing, "PACK_BYTES", PACK_BYTES)
-        self.patch.start()
+        chance = random.Random(
+            2
+        )  # as names, and the order in which packs are finished, decide what a dead process left
+        self.patches = contextlib.ExitStack()
+        for patch in (
+            mock.patch.object(writing, "PACK_BYTES", PACK_BYTES),
+            mock.patch("os.urandom", chance.randbytes),
+            mock.patch("secrets.token_bytes", chance.randbytes),
+            mock.patch("secrets.token_hex", lambda nbytes: chance.randbytes(nbytes).hex()),
+            mock.patch("os.cpu_count", return_value=1),
+        ):
+            self.patches.enter_context(patch)
         self.reader = Packs(self.path, None)
 
     def teardown(self) -> None:
-        self.patch.stop()
+        self.patches.close()
         self.reader.close()
         shutil.rmtree(self.folder)
 
