@@ -65,7 +65,7 @@ def test_the_budget_is_half_of_what_the_group_leaves(group: MemoryGroup, weights
         group,
         weights,
         """
-import dataclasses
+import msgspec
 from prefetch.budget import effective_budget
 before = effective_budget()
 fd = os.open(path, os.O_RDONLY)
@@ -73,7 +73,7 @@ os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 for at in range(0, 64 << 20, 1 << 20):
     os.pread(fd, 1 << 20, at)
 after = effective_budget()
-print(json.dumps({"before": dataclasses.asdict(before), "after": dataclasses.asdict(after)}))
+print(json.dumps({"before": msgspec.to_builtins(before), "after": msgspec.to_builtins(after)}))
 """,
     )
     before, after = found["before"], found["after"]
