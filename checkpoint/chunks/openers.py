@@ -18,6 +18,8 @@ import socket
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from weightfs import linux
+
 if TYPE_CHECKING:
     from checkpoint.chunks.packs import Packs
 
@@ -28,6 +30,9 @@ _ID_BYTES: Final = 32
 _MOST_IDS: Final = 2048
 _LENGTH_BYTES: Final = 4
 _FAILED: Final = b"\0"
+_END_S: Final = 2.0
+_ANSWER_S: Final = 20.0
+"""A disk may be slow; 4 MiB are opened in 10 ms."""
 
 
 class Openers:
@@ -64,6 +69,7 @@ class Openers:
         self._first = first
         for number, (ours, theirs) in enumerate(pairs):
             theirs.close()
+            ours.settimeout(_ANSWER_S)
             self._ends.append(ours)
             self._idle.put((number, ours))
 
@@ -73,9 +79,19 @@ class Openers:
             end.close()
         self._ends.clear()
         if self._first:
-            with contextlib.suppress(ChildProcessError):  # whoever reaps all children was first
-                os.waitpid(self._first, 0)
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):  # whoever reaps all children was first
+                self._reap()
             self._first = 0
+
+    def _reap(self) -> None:
+        pidfd = os.pidfd_open(self._first)
+        try:
+            if not linux.is_readable(pidfd, _END_S):  # it waits for a disk
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                linux.is_readable(pidfd, _END_S)
+        finally:
+            os.close(pidfd)
+        os.waitpid(self._first, os.WNOHANG)
 
     def get(self, id_: bytes) -> bytes:
         """A whole chunk; see `Packs.get`."""
@@ -94,7 +110,11 @@ class Openers:
             yield self._packs.get_all(ids)
             return
         number, end = idle
-        lengths = _ask(end, ids)
+        try:
+            lengths = _ask(end, ids)
+        except OSError:  # it has ended, or does not answer: nobody asks it again
+            yield self._packs.get_all(ids)
+            return
         try:
             if lengths is None:
                 yield self._packs.get_all(ids)
@@ -113,15 +133,16 @@ class Openers:
 
 
 def _ask(end: socket.socket, ids: Sequence[bytes]) -> list[int] | None:
-    """How many bytes each of these chunks has, now that they are in the slot; None where they are not."""
-    try:
-        end.send(b"".join(ids))
-        answer = end.recv(_LENGTH_BYTES * _MOST_IDS)
-    except OSError:
-        return None
-    if len(answer) != _LENGTH_BYTES * len(ids):  # it failed, or has ended
-        return None
-    return list(memoryview(answer).cast("I"))
+    """How many bytes each of these chunks has, now that they are in the slot; None where they can't be opened there.
+
+    Raises:
+        OSError: it has ended, or does not answer within `_ANSWER_S`.
+    """
+    end.send(b"".join(ids))
+    answer = end.recv(_LENGTH_BYTES * _MOST_IDS)
+    if not answer:
+        raise ConnectionResetError
+    return None if answer == _FAILED else list(memoryview(answer).cast("I"))
 
 
 def _begin(packs: Packs, memory: mmap.mmap, ends: list[socket.socket]) -> None:

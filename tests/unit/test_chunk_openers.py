@@ -106,6 +106,20 @@ def test_killed_ones_are_missed_by_nobody(packs: tuple[Packs, dict[bytes, bytes]
     assert not children()
 
 
+def test_one_that_does_not_answer_is_asked_no_more(
+    packs: tuple[Packs, dict[bytes, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("checkpoint.chunks.openers._ANSWER_S", 0.2)
+    store, ids = packs
+    with begun(store, 1) as openers:
+        (pid,) = children()
+        os.kill(pid, signal.SIGSTOP)
+        for _ in range(3):
+            with openers.opened(list(ids)[:4]) as contents:
+                assert [bytes(one) for one in contents] == list(ids.values())[:4]
+    assert not children()
+
+
 def test_they_end_with_whoever_began_them(packs: tuple[Packs, dict[bytes, bytes]]) -> None:
     store, _ = packs
     outlet, inlet = os.pipe()  # which every opener has, so that its end is seen when the last one has ended
