@@ -23,7 +23,8 @@ from weightfs import linux
 if TYPE_CHECKING:
     from checkpoint.chunks.packs import Packs
 
-MOST_OPENERS: Final = 12
+MOST_OPENERS: Final = 16
+"""As many as threads copy, so that each finds one."""
 SLOT_BYTES: Final = 4 << 20
 """Of memory that an opener shares with whoever asks it. Chunks that need more are opened by whoever asked."""
 _ID_BYTES: Final = 32
